@@ -1,0 +1,216 @@
+"""The Docker commands that a node runs for us: pull, create, start, read, stop, remove."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from orchestrator.commands.probe import STALE_CREATED_S
+from orchestrator.commands.shell import Raw, join, lines, path, quote, script
+from orchestrator.specs import CONTAINER, LABEL_RUN
+
+NAMED = f"docker ps -aq --no-trunc --filter name={quote(f'^/?{CONTAINER}$')}"
+
+
+def mount(source: str, target: str, *, readonly: bool = False) -> Raw:
+    """The value of `--mount`: a CSV record, whose fields are quoted where they hold `,` or `"`.
+
+    `source` may begin with `~/`: the home folder on the node.
+    """
+
+    def needs(text: str) -> bool:
+        return any(char in text for char in ',"\n')
+
+    if needs(source):
+        inner = source.replace('"', '""')
+        text = quote('type=bind,"source=') + path(inner) + quote('"') + ","
+    else:
+        text = "type=bind,source=" + path(source) + ","
+    field = f"target={target}"
+    text += quote('"' + field.replace('"', '""') + '"' if needs(field) else field)
+    return Raw(text + (",readonly" if readonly else ""))
+
+
+def create_argv(
+    image: str,
+    entry: Sequence[str],
+    *,
+    run_dir: str,
+    mounts: Sequence[Raw],
+    labels: Mapping[str, str],
+    shm: str,
+    gpus: int,
+    stop_timeout: int,
+) -> str:
+    """`docker create` of the launcher's container, as the SSH user, on the node's own network.
+
+    RDMA devices are passed only where they are: NCCL would otherwise fall back to TCP without a word.
+    """
+    argv: list[str] = ["docker", "create", "--name", CONTAINER, "--init", "--entrypoint", "python3"]
+    argv += ["--network", "host", "--shm-size", shm, "--user", Raw('"$(id -u):$(id -g)"')]
+    argv += ["--restart", "no", "--stop-timeout", str(stop_timeout)]
+    argv += ["--log-opt", "max-size=8m", "--log-opt", "max-file=2", "--cidfile", Raw(f"{path(run_dir)}/container")]
+    for key, value in labels.items():
+        argv += ["--label", f"{key}={value}"]
+    for value in mounts:
+        argv += ["--mount", value]
+    if gpus:
+        argv += ["--gpus", str(gpus), Raw('"$@"')]
+    create = join([*argv, image, *entry])
+    if not gpus:
+        return create
+    rdma = "set --; [ ! -e /dev/infiniband ] || set -- --device /dev/infiniband --cap-add IPC_LOCK --ulimit memlock=-1"
+    return lines(rdma, create).rstrip("\n")
+
+
+def pull(image: str, *, credentials: bool) -> str:
+    """Pulls `image` unless the engine has it. Credentials come as a config.json on standard input."""
+    ref = quote(image)
+    if not credentials:
+        return f"docker image inspect {ref} >/dev/null 2>&1 || docker pull --quiet {ref} >/dev/null"
+    return lines(
+        'config=$(mktemp -d); trap \'rm -rf "$config"\' EXIT; umask 077; cat > "$config"/config.json',
+        f'docker image inspect {ref} >/dev/null 2>&1 || DOCKER_CONFIG="$config" docker pull --quiet {ref} >/dev/null',
+    ).rstrip("\n")
+
+
+def clear_ended() -> str:
+    """Removes what an ended run left under the constant name; a live container is never touched.
+
+    A container that was created but never started belongs to a deploy in progress, unless it is old.
+    """
+    return lines(
+        f"old=$({NAMED} --filter status=exited --filter status=dead)",
+        '[ -z "$old" ] || docker rm $old >/dev/null',
+        f"new=$({NAMED} --filter status=created)",
+        'if [ -n "$new" ]; then',
+        '  age=$(( $(date +%s) - $(date -d "$(docker inspect --format "{{.Created}}" "$new")" +%s) ))',
+        f'  [ "$age" -lt {STALE_CREATED_S} ] || docker rm "$new" >/dev/null',
+        "fi",
+    ).rstrip("\n")
+
+
+def check_storage(root: str, nodes: int, kind: str) -> str:
+    """Whether the run's root folder is shared as configured: every node has left a mark in `nodes/`."""
+    want = nodes if kind == "shared" else 1
+    if nodes == 1:
+        return ""
+    return lines(
+        f"set -- {path(root)}/nodes/*",
+        f'if [ "$#" -ne {want} ]; then echo "orch.marks $#"; exit 41; fi',
+    ).rstrip("\n")
+
+
+def pull_and_create(image: str, create: str, *, storage_check: str, credentials: bool) -> str:
+    """The second of a deploy's three remote commands; prints the holder when the name is taken."""
+    return script(
+        "export LC_ALL=C",
+        storage_check,
+        pull(image, credentials=credentials),
+        clear_ended(),
+        create,
+    )
+
+
+def start(run_dir: str) -> str:
+    return script(f'docker start "$(cat {path(run_dir)}/container)" >/dev/null')
+
+
+def rollback(run_id: str, root: str) -> str:
+    """Removes this run's container and folder on a node, whatever stage it had reached; nothing else."""
+    return lines(
+        f"ids=$(docker ps -aq --no-trunc --filter {quote(f'label={LABEL_RUN}={run_id}')}) || ids=",
+        '[ -z "$ids" ] || docker rm -f $ids >/dev/null',
+        f"rm -rf -- {path(root)}",
+    )
+
+
+def remove_ended(run_id: str) -> str:
+    """Removes this run's ended container; a running one stays."""
+    return lines(
+        f"ids=$(docker ps -aq --no-trunc --filter {quote(f'label={LABEL_RUN}={run_id}')} "
+        "--filter status=exited --filter status=dead --filter status=created)",
+        '[ -z "$ids" ] || docker rm $ids >/dev/null',
+    )
+
+
+def container_id(run_dir: str) -> Raw:
+    return Raw(f'"$(cat {path(run_dir)}/container 2>/dev/null || echo none)"')
+
+
+def probe(run_dir: str) -> str:
+    """Sets `state code oom error engine` for `report.read`; prints the engine's log if there is no result."""
+    return lines(
+        f"id={container_id(run_dir)}",
+        'if out=$(docker inspect --format "{{.State.Status}}|{{.State.ExitCode}}|{{.State.OOMKilled}}|{{.State.Error}}" '
+        '"$id" 2>&1); then',
+        "  state=${out%%|*}; out=${out#*|}; code=${out%%|*}; out=${out#*|}; oom=${out%%|*}; error=${out#*|}",
+        f'  if [ "$state" != running ] && [ ! -f {path(run_dir)}/result.json ]; then '
+        'echo "orch.text tail"; docker logs --tail 20 "$id" 2>&1; echo; echo orch.end; fi',
+        "elif ! docker version >/dev/null 2>&1; then",
+        "  state=unknown; engine=$(docker version 2>&1 >/dev/null | tail -n 1); engine=${engine:-no answer}",
+        "fi",
+    )
+
+
+def wait(run_dir: str) -> str:
+    return f"docker wait {container_id(run_dir)}"
+
+
+def pid(run_dir: str) -> str:
+    """Shell text: the launcher's process on the node, 0 when it does not run."""
+    return f"$(docker inspect --format '{{{{.State.Pid}}}}' {container_id(run_dir)} 2>/dev/null || echo 0)"
+
+
+def kill(run_dir: str, grace: int) -> str:
+    """Stops the container from outside, for a launcher that no longer listens."""
+    return f"docker stop --time {grace} {container_id(run_dir)} >/dev/null 2>&1 || :"
+
+
+def discover(runs: str) -> str:
+    """Every run that this node knows: its labelled containers, and the folders under `runs`."""
+    ids = f"docker ps -aq --no-trunc --filter {quote(f'label={LABEL_RUN}')}"
+    return lines(
+        "export LC_ALL=C",
+        f"ids=$({ids}) || exit 1",
+        '[ -z "$ids" ] || docker inspect --format '
+        '\'orch_container {"state":{{json .State}},"labels":{{json .Config.Labels}}}\' $ids',
+        folders(runs),
+    )
+
+
+def folders(runs: str, *, alive: str = "echo 0") -> str:
+    """The run folders under `runs`, a line each: path, time, whether `alive` (a command) prints a pid, job, result."""
+    root = path(runs)
+    return lines(
+        f'for d in {root}/*/ {root}/*/*/; do [ -f "$d"job.json ] || continue',
+        "  d=${d%/}",
+        '  printf \'orch_folder %s\\t%s\\t%s\\t\' "$d" "$(stat -c %Y "$d"/job.json)" "$(' + alive + ')"',
+        "  tr -d '\\n\\t' < \"$d\"/job.json; printf '\\t'",
+        "  [ ! -f \"$d\"/result.json ] || tr -d '\\n\\t' < \"$d\"/result.json; printf '\\n'",
+        "done",
+    )
+
+
+def parse_discover(output: str) -> tuple[list[dict], list[dict]]:
+    """(containers, folders): the first as `{state, labels}`, the second as `{dir, time, alive, job, result}`."""
+    containers, folders = [], []
+    for line in output.splitlines():
+        kind, _, rest = line.partition(" ")
+        try:
+            if kind == "orch_container":
+                containers.append(json.loads(rest))
+            elif kind == "orch_folder":
+                folder, stamp, alive, job, result = (rest.split("\t") + [""])[:5]
+                folders.append(
+                    {
+                        "dir": folder,
+                        "alive": alive != "0",
+                        "time": float(stamp),
+                        "job": json.loads(job),
+                        "result": json.loads(result) if result else None,
+                    }
+                )
+        except ValueError:
+            continue
+    return containers, folders

@@ -1,0 +1,1 @@
+"""Models: transformers classes, built or loaded."""
