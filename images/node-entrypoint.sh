@@ -48,12 +48,12 @@ nest_cgroups() {
 
 start_engine() {
   pgrep -x dockerd > /dev/null && return 0
-  # What a killed engine leaves behind would stop the next one from starting.
-  pkill -9 -x containerd || true
-  pkill -9 -f containerd-shim || true
-  rm -rf /run/docker /run/docker.pid /run/containerd
+  # Pid files of the dead would make the new engine believe in a process that has their number now.
+  rm -f /run/docker.pid
+  pgrep -x containerd > /dev/null || rm -f /run/docker/containerd/containerd.pid
   if [ -n "${ORCH_CGROUP_PARENT:-}" ]; then
-    find /sys/fs/cgroup -mindepth 1 -depth -type d -path "*/${ORCH_CGROUP_PARENT#/}*" -exec rmdir {} + 2>/dev/null || true
+    # Empty cgroups of containers that were killed with their engine; those in use cannot be removed.
+    find /sys/fs/cgroup -depth -type d -path "*$ORCH_CGROUP_PARENT/*" -exec rmdir {} + 2>/dev/null || true
     set -- --cgroup-parent "$ORCH_CGROUP_PARENT"
   else
     set --
@@ -70,6 +70,7 @@ serve_node() {
   prepare_user
   debian_hosts
   nest_cgroups
+  rm -rf /run/docker /run/containerd  # what a power cut has left; containers did not outlive it
   start_engine
   start_sshd
   # A short goodbye: the engine may end its containers, but a node that is switched off does not wait for them.

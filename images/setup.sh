@@ -1,6 +1,7 @@
 #!/bin/sh
 # The heavy steps of images/Dockerfile. Runs inside the build, as root, on any base with Python >= 3.11.
 #   setup.sh system VARIANT    compiler, RDMA libraries (where the base has apt), the venv in /opt/venv
+#   setup.sh heavy FILE        a requirements file, without dependencies: the largest packages of a lock
 #   setup.sh packages FILE     a requirements file; beside it FILE with .no-deps: packages without their dependencies
 #   setup.sh user FOLDER       requirements.txt, or uv.lock / poetry.lock / pylock.toml with pyproject.toml
 set -eu
@@ -63,6 +64,10 @@ system() {
     mkdir -p /opt/orch/trainer /workspace
 }
 
+heavy() {
+    [ ! -s "$1" ] || python3 -m pip install --progress-bar off --no-deps -r "$1"
+}
+
 packages() {
     [ -s "$1" ] || return 0
     python3 -m pip install --progress-bar off -r "$1"
@@ -111,6 +116,6 @@ PY
 command="$1"
 shift
 case "$command" in
-system | packages | user) "$command" "$@" ;;
+system | heavy | packages | user) "$command" "$@" ;;
 *) fail "setup.sh: unknown step $command" ;;
 esac

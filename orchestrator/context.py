@@ -38,8 +38,8 @@ _BIG = 4 << 20
 
 _SMALL = 1 << 20
 _SNAPSHOT = 128 << 20
-"""Files of less than _SMALL bytes are kept in memory, up to this sum: what was hashed is then what is built, even
-if you go on editing while the layers below are being built."""
+"""Files of less than _SMALL bytes are kept in memory, up to this sum: what was hashed is then what is built,
+even if you go on editing while the layers below are being built."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,9 @@ def list_files(root: Path, *, exclude: Iterable[Path] = ()) -> list[str]:
     listed = _git_files(root)
     found = _walk(root, "") if listed is None else _expand(root, listed)
     return sorted(
-        path for path in found if not is_private(path) and not ignored(path) and f"{base}/{path}" not in left_out
+        path
+        for path in found
+        if not is_private(path) and not ignored(path) and f"{base}/{path}" not in left_out
     )
 
 
@@ -189,7 +191,7 @@ def content_hash(parts: Sequence[Entry], facts: dict[str, object]) -> str:
 
 def write_tar(parts: Sequence[Entry], stream: BinaryIO) -> None:
     """The deterministic tar of `parts`. Raises BuildError if a file is not what was hashed."""
-    # Folders are entries of their own, with a fixed time: else each build would make them anew, and a new layer.
+    # Folders are entries of their own, with a fixed time: else each build would make a new layer of them.
     parents = {parent for entry in parts for parent in _parents(entry.path)}
     whole = [*parts, *(Entry(path) for path in parents - {entry.path for entry in parts})]
     with tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT, bufsize=1 << 20) as tar:
@@ -219,7 +221,9 @@ def _add_file(tar: tarfile.TarFile, info: tarfile.TarInfo, entry: Entry) -> None
         tar.addfile(info, io.BytesIO(entry.data))
         return
     assert entry.source is not None
-    changed = BuildError(f"{entry.source} changed while the image was being built", hint="run the command again")
+    changed = BuildError(
+        f"{entry.source} changed while the image was being built", hint="run the command again"
+    )
     try:
         with open(entry.source, "rb") as file:
             info.size = os.fstat(file.fileno()).st_size

@@ -57,10 +57,12 @@ class Step(Event):
 
 @dataclass(frozen=True)
 class Eval(Event):
-    """An evaluation; its figures are in `extra` where they are not named here."""
+    """An evaluation on held-out data: mean loss and perplexity over `tokens`, taken in `seconds`."""
 
     loss: float | None = None
     perplexity: float | None = None
+    tokens: int | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)

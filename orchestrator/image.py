@@ -1,7 +1,7 @@
 """The image of a job: what goes in, the tag that follows from it, and its build.
 
-A plan contacts nothing: the same files give the same tag on every machine. With our Dockerfile there are two builds:
-`orch-deps:<hash>` (base, torch, requirements; stays on this machine) and the code on top of it.
+A plan contacts nothing: the same files give the same tag on every machine. With our Dockerfile there are two
+builds: `orch-deps:<hash>` (base, torch, requirements; stays on this machine) and the code on top of it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,7 +32,9 @@ DEPS_REPOSITORY = "orch-deps"
 LABEL_CONTENT = "orch.content"
 """Label of every image that orch has built, with the hash of what went in."""
 
-LOCKS = ("uv.lock", "pylock.toml", "poetry.lock")
+LOCKS = (("uv.lock", "pyproject.toml"), ("pylock.toml",), ("poetry.lock", "pyproject.toml"))
+"""What a project's exact dependencies are read from, the first set that is complete."""
+_ENGINE_PATIENCE = 30.0
 _RECIPE = 2
 """Counts up when the way an image is put together changes without a change of any file that is hashed."""
 
@@ -102,7 +105,12 @@ def plan(
     """
     names = context.list_files(root, exclude=exclude)
     args = {str(key): str(value) for key, value in (build_args or {}).items()}
-    facts: dict[str, Any] = {"recipe": _RECIPE, "platform": platform or "", "args": args, "wheels": wheel_facts(wheels)}
+    facts: dict[str, Any] = {
+        "recipe": _RECIPE,
+        "platform": platform or "",
+        "args": args,
+        "wheels": wheel_facts(wheels),
+    }
     if dockerfile is not None:
         return _plan_own(repository, root, names, dockerfile, facts, cache)
     facts |= {"base": base or DEFAULT_BASE, "variant": variant}
@@ -113,8 +121,8 @@ def plan(
     deps_hash = context.content_hash(setup, facts)[:16]
     trainer = package_folder("trainer")
     code = [
-        *context.entries(trainer, context.walk_package(trainer), "trainer/", cache),
-        *context.entries(root, names, "workspace/", cache),
+        *context.entries(trainer, context.walk_package(trainer), "orch/trainer/", cache),
+        *context.entries(root, names, "root/workspace/", cache),
     ]
     image = ImageRef(repository, context.content_hash(code, {"deps": deps_hash})[:16])
     deps = Build(
@@ -128,7 +136,7 @@ def plan(
     )
     top = Build(
         tag=image.tagged,
-        entries=(*recipe, *code, Entry("trainer/"), Entry("workspace/")),
+        entries=(*recipe, *code, Entry("orch/trainer/"), Entry("root/workspace/")),
         dockerfile="Dockerfile",
         target="image",
         args={"DEPS": deps.tag, **args},
@@ -162,12 +170,11 @@ def _plan_own(
 
 
 def package_folder(name: str) -> Path:
-    """`images` or `trainer`: beside this package in a checkout, inside it in an installed wheel."""
-    here = Path(__file__).resolve().parent
-    for folder in (here.parent / name, here / name, here / "_data" / name):
-        if folder.is_dir():
-            return folder
-    raise BuildError(f"this installation of orch lacks its folder {name}", hint="install orch again")
+    """`images` or `trainer`: beside this package, in a checkout as in an installed wheel."""
+    folder = Path(__file__).resolve().parent.parent / name
+    if not folder.is_dir():
+        raise BuildError(f"this installation of orch lacks its folder {name}", hint="install orch again")
+    return folder
 
 
 def _requirements(files: Path, variant: str) -> list[Entry]:
@@ -178,7 +185,9 @@ def _requirements(files: Path, variant: str) -> list[Entry]:
         if path.is_file():
             found.append(Entry.text(f"setup/requirements{suffix}.txt", path.read_bytes()))
     if not found:
-        raise BuildError(f"there is no {files}/requirements-{variant}.txt", hint="image.variant is cpu or cuda")
+        raise BuildError(
+            f"there is no {files}/requirements-{variant}.txt", hint="image.variant is cpu or cuda"
+        )
     return found
 
 
@@ -187,12 +196,11 @@ _LOCAL = re.compile(r"^\s*(?:(?:-e|--editable)[ =]?\s*)?(?:\.{1,2}(?:[/\[\s]|$)|
 
 
 def _user_requirements(root: Path, names: list[str]) -> tuple[list[Entry], tuple[str, ...]]:
-    """The project's own dependencies: a lock with its pyproject.toml, else requirements.txt and what it includes."""
+    """The project's dependencies: a lock with pyproject.toml, else requirements.txt and what it includes."""
     have = set(names)
-    lock = next((name for name in LOCKS if name in have and (name == "pylock.toml" or "pyproject.toml" in have)), None)
-    if lock:
-        wanted = [lock, *(["pyproject.toml"] if lock != "pylock.toml" else [])]
-        return context.entries(root, wanted, "user/"), ()
+    for wanted in LOCKS:
+        if have.issuperset(wanted):
+            return context.entries(root, wanted, "user/"), ()
     if "requirements.txt" not in have:
         return [], ()
     made: dict[str, Entry] = {}
@@ -211,7 +219,7 @@ def _user_requirements(root: Path, names: list[str]) -> tuple[list[Entry], tuple
             if included and "://" not in included["file"]:
                 todo.append(os.path.normpath(os.path.join(os.path.dirname(name), included["file"])))
             if _LOCAL.match(row):
-                notes.append(f"{name}: {row.strip()!r} is left out; your code can be imported from /workspace anyway")
+                notes.append(f"{name}: {row.strip()!r} is left out; /workspace is on the import path anyway")
                 continue
             rows.append(row)
         made[name] = Entry.text("user/" + name, "\n".join(rows) + "\n")
@@ -222,6 +230,29 @@ def _user_requirements(root: Path, names: list[str]) -> tuple[list[Entry], tuple
 
 def _proxy_names() -> list[str]:
     return [name for name in buildx.PROXY_ARGS if os.environ.get(name)]
+
+
+def present(*names: str) -> set[str]:
+    """Those of `names` that the engine has; one call of the `docker` command: it starts faster than the SDK.
+
+    Raises BuildError when no engine answers.
+    """
+    try:
+        done = subprocess.run(
+            buildx.inspect_argv(names), capture_output=True, text=True, timeout=_ENGINE_PATIENCE, check=False
+        )
+    except FileNotFoundError:
+        raise BuildError(
+            "docker is not installed on this machine", hint="install Docker, or Docker Desktop"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise BuildError(
+            f"the Docker engine says nothing for {_ENGINE_PATIENCE:.0f} s", hint="restart it"
+        ) from None
+    unknown = [row for row in done.stderr.splitlines() if row.strip() and "no such image" not in row.lower()]
+    if done.returncode and unknown:
+        raise BuildError(f"no Docker engine answers: {unknown[-1]}", hint=buildx.advise(done.stderr))
+    return buildx.parse_inspect(done.stdout, names)
 
 
 def build(step: Build, sources: Sources) -> None:
@@ -264,4 +295,6 @@ def _failure(step: Build, code: int, output: str) -> BuildError:
     found = buildx.parse_failure(output)
     where = f" at [{found.step}]" if found.step else ""
     reason = found.reason or f"docker buildx ended with exit code {code}"
-    return BuildError(f"the build of {step.tag} failed{where}: {reason}", hint=buildx.advise(output), lines=found.lines)
+    return BuildError(
+        f"the build of {step.tag} failed{where}: {reason}", hint=buildx.advise(output), lines=found.lines
+    )

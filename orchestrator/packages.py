@@ -1,4 +1,4 @@
-"""Where a build gets its Python packages from: orch.yaml, completed by what pip itself uses on this machine."""
+"""Where a build gets its Python packages from: orch.yaml, completed by what pip uses on this machine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Sources:
 
 
 def wheel_facts(wheels: Path | None) -> list[list[object]]:
-    """Names and sizes of the packages in a folder that the project names, for the hash. Raises ConfigError."""
+    """Names and sizes of the packages in a folder that orch.yaml names, for the hash. Raises ConfigError."""
     if wheels is None:
         return []
     if not wheels.is_dir():

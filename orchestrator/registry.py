@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import os
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -20,14 +21,14 @@ MANIFESTS = (
     "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json"
 )
 LOCAL_HINT = "`orch registry up` starts one there; for the simulated cluster `orch sim up`"
-NO_ENGINE_HINT = "start Docker (Docker Desktop, or `systemctl start docker`) and see that `docker info` answers"
+NO_ENGINE_HINT = "start Docker (Docker Desktop, or `systemctl start docker`); `docker info` must answer"
 
 _TIMEOUT = 10.0
 _PUSH_SILENCE = 300
 """Seconds that a push may go without a word from the engine."""
 
 _NETWORK = re.compile(
-    r"(?i)dial tcp|connection refused|no such host|i/o timeout|timeout|tls|x509|no route|EOF|http: server gave"
+    r"(?i)dial tcp|connection refused|no such host|i/o timeout|timeout|tls|x509|no route|EOF"
 )
 
 
@@ -55,9 +56,7 @@ def engine(*, timeout: float = 60.0) -> DockerClient:
 
 
 def _endpoint() -> dict[str, Any]:
-    """Address and TLS of the engine: DOCKER_HOST, else the current `docker context`, else the default socket."""
-    import os
-
+    """Address and TLS of the engine: DOCKER_HOST, else the current `docker context`, else the usual."""
     from docker.utils import kwargs_from_env
 
     if os.environ.get("DOCKER_HOST"):
@@ -71,22 +70,11 @@ def _endpoint() -> dict[str, Any]:
     return {"base_url": context.Host, **({"tls": tls} if tls else {})}
 
 
-def has_image(client: DockerClient, name: str) -> bool:
-    """Whether the engine has `name` (a tag or a digest)."""
-    from docker.errors import ImageNotFound
-
-    try:
-        client.images.get(name)
-    except ImageNotFound:
-        return False
-    return True
-
-
 def digest(ref: ImageRef) -> str | None:
     """The digest that `ref`'s tag has in its registry, None where there is no such tag.
 
-    A registry on this machine is asked directly and needs no engine; any other is asked by the engine, with the
-    operator's credentials. Raises RegistryError when the registry does not answer, BuildError without an engine.
+    A registry on this machine is asked directly and needs no engine; any other is asked by the engine, with
+    the operator's credentials. Raises RegistryError when it does not answer, BuildError without an engine.
     """
     if ref.local_port is not None:
         response = _local(ref, "HEAD", f"/v2/{_path(ref)}/manifests/{ref.tag}")
@@ -110,7 +98,7 @@ def _path(ref: ImageRef) -> str:
 
 
 def _local(ref: ImageRef, method: str, path: str) -> tuple[int, str] | None:
-    """(status, digest) of a request to a registry on this machine; None if what answers there speaks no HTTP."""
+    """(status, digest) of a request to a registry on this machine; None if what answers speaks no HTTP."""
     host, _, _ = ref.registry.partition(":")
     # The name may resolve to ::1 first, where the port of an SSH forward or a container is not open.
     address = "127.0.0.1" if host == "localhost" else host
@@ -129,7 +117,8 @@ def _local(ref: ImageRef, method: str, path: str) -> tuple[int, str] | None:
 
 
 def unreachable(ref: ImageRef, reason: str) -> RegistryError:
-    hint = LOCAL_HINT if ref.local_port is not None else f"check the name, your network and `docker login {ref.registry}`"
+    elsewhere = f"check the name, your network and `docker login {ref.registry}`"
+    hint = LOCAL_HINT if ref.local_port is not None else elsewhere
     return RegistryError(f"the registry {ref.registry} does not answer: {reason}", hint=hint)
 
 
@@ -145,7 +134,7 @@ def _digest_by_engine(ref: ImageRef) -> str | None:
         reason = str(error.explanation or error)
         if _NETWORK.search(reason):
             raise unreachable(ref, reason) from None
-        # Registries answer "denied" also for a repository that does not exist yet; a push will tell the two apart.
+        # "denied" is also said of a repository that does not exist yet; a push will tell the two apart.
         if error.status_code in (401, 403) or re.search(r"(?i)denied|unauthorized|unknown", reason):
             return None
         raise RegistryError(f"the registry {ref.registry} refuses: {reason}") from None
@@ -153,17 +142,17 @@ def _digest_by_engine(ref: ImageRef) -> str | None:
         client.close()
 
 
-def push(client: DockerClient, ref: ImageRef, progress: Callable[[dict[str, Any]], None] | None = None) -> str:
+def push(ref: ImageRef, progress: Callable[[dict[str, Any]], None] | None = None) -> str:
     """Pushes `ref`'s tag with the operator's docker credentials and gives its digest.
 
     `progress` gets the engine's messages (`status`, `id`, `progressDetail`).
-    Raises RegistryError when the registry does not answer or refuses.
+    Raises RegistryError when the registry does not answer or refuses, BuildError without an engine.
     """
     import requests
     from docker.errors import APIError
 
     found = ""
-    client.api.timeout = _PUSH_SILENCE
+    client = engine(timeout=_PUSH_SILENCE)
     try:
         for message in client.api.push(ref.repository, tag=ref.tag, stream=True, decode=True):
             if "error" in message:
@@ -175,6 +164,8 @@ def push(client: DockerClient, ref: ImageRef, progress: Callable[[dict[str, Any]
         raise _push_error(ref, str(error.explanation or error)) from None
     except requests.RequestException as error:
         raise _push_error(ref, _reason(error)) from None
+    finally:
+        client.close()
     if not found:
         raise RegistryError(f"the push of {ref.tagged} ended without a digest", hint="run the command again")
     return found
@@ -211,7 +202,8 @@ def auth_config_json(registry: str) -> Secret | None:
     if not found:
         return None
     token = found.get("IdentityToken") or found.get("identitytoken")
-    name, password = found.get("username") or found.get("Username"), found.get("password") or found.get("Password")
+    name = found.get("username") or found.get("Username")
+    password = found.get("password") or found.get("Password")
     if token:
         entry = {"auth": base64.b64encode(f"{name or '<token>'}:".encode()).decode(), "identitytoken": token}
     elif name and password:

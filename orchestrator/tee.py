@@ -21,7 +21,10 @@ _PATIENCE = 10.0
 
 
 def run_tee(
-    argv: Sequence[str], *, env: Mapping[str, str] | None = None, feed: Callable[[BinaryIO], None] | None = None
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    feed: Callable[[BinaryIO], None] | None = None,
 ) -> tuple[int, str]:
     """(exit code, last 64 KiB of output) of `argv`; `feed` writes its stdin from a thread.
 

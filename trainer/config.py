@@ -154,9 +154,14 @@ class Config(Section):
             raise ConfigError(
                 f"train.global_batch={batch} is not divisible by train.micro_batch × ranks ="
                 f" {micro} × {world_size} = {unit}; the nearest that fit: {', '.join(near)}",
-                hint=f"Set train.global_batch={near[-1]}, or a smaller train.micro_batch.",
+                hint=f"Set train.global_batch={near[-1]}{self._smaller_micro_batch(world_size)}.",
             )
         return self
+
+    def _smaller_micro_batch(self, world_size: int) -> str:
+        share, rest = divmod(self.train.global_batch, world_size)
+        fits = [size for size in range(1, self.train.micro_batch) if not rest and share % size == 0]
+        return f", or train.micro_batch={fits[-1]}" if fits and share else ""
 
     def hash(self) -> str:
         """16 hex digits that change with any value of the configuration."""

@@ -120,7 +120,7 @@ def _folder_state(folder: dict, container: dict | None) -> tuple[RunState, NodeR
         try:
             result = NodeResult.from_json(folder["result"])
             return result.state, result
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, TypeError, AttributeError):
             return RunState.FAILED, None
     if folder.get("alive"):
         return RunState.RUNNING, None
@@ -149,7 +149,8 @@ def _run(job: Mapping[str, Any], started: float) -> Run:
 
 def _created(row: dict) -> float:
     try:
-        return datetime.fromisoformat(row["state"]["StartedAt"][:19] + "+00:00").timestamp()
+        # (the engine's word for "never" lies in the year 1)
+        return max(0.0, datetime.fromisoformat(row["state"]["StartedAt"][:19] + "+00:00").timestamp())
     except (KeyError, ValueError):
         return 0.0
 

@@ -58,8 +58,9 @@ class LocalBackend:
                 why = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
                 raise RemoteError(f"the launcher did not start: {why[0]}", node=node.node.name)
         except BaseException:
-            root = job.places(plan.spec, 0, container=False).root
-            host.run(_kill(node.run_dir) + f"rm -rf -- {path(root)}", timeout=30)
+            at = job.places(plan.spec, 0, container=False)
+            empty = f"rmdir -- {path(at.checkpoints)} 2>/dev/null"
+            host.run(lines(_kill(node.run_dir), empty, f"rm -rf -- {path(at.root)}"), timeout=30)
             raise
 
     def _preflight(self, plan: NodePlan, host: Host) -> None:
@@ -87,7 +88,10 @@ class LocalBackend:
         node = nodes[0]
         sent = time.time_ns()
         done = self._connector.connect(node).run(_read(found.dir(node.name)), timeout=timeout)
-        return {node.name: node_status(report.parse_read(done.stdout, sent, time.time_ns()), node.name, 0)}
+        answer = report.parse_read(done.stdout, sent, time.time_ns())
+        if answer.state == "unknown":
+            return {node.name: RemoteError("its state could not be read", node=node.name, lines=done.stderr.splitlines())}
+        return {node.name: node_status(answer, node.name, 0)}
 
     def open_log(self, found: Found, node: Node, offset: int) -> Stream:
         run_dir = found.dir(node.name)

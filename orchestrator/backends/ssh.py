@@ -12,7 +12,7 @@ from pathlib import Path
 from orchestrator.backends.base import Errors, Found, NodePlan, NodeStatus, Plan, Report, Step
 from orchestrator.backends.found import merge, node_status
 from orchestrator.commands import docker, job, probe, report
-from orchestrator.commands.shell import chain, join, path, quote
+from orchestrator.commands.shell import join, lines, path, quote
 from orchestrator.connect.base import Completed, Connector, Host, Stream
 from orchestrator.connect.fanout import fanout, raise_failures
 from orchestrator.errors import LeaseError, OrchError, PreflightError, RegistryError, RemoteError
@@ -80,7 +80,7 @@ class SshBackend:
         try:
             facts = self._all(nodes, by_name, self._preflight, report, "checking", PREFLIGHT_S, "preflight")
             self._all(
-                nodes, by_name, partial(self._create, facts), report, "pulling the image", PULL_S, "pull and create"
+                nodes, by_name, partial(self._create, facts), report, "preparing the image and container", PULL_S, "pull and create"
             )
             self._all(nodes, by_name, self._start, report, "starting", START_S, "start")
         except BaseException:
@@ -154,13 +154,16 @@ class SshBackend:
 
     def _rollback(self, plan: Plan, tell: Report) -> None:
         """Twice: a command that was still on its way when the first pass ran finds its folder gone, or is cleared."""
+        spec, at = plan.spec, job.places(plan.spec, 0)
+        undo = docker.rollback(spec.run_id, at.root, at.checkpoints if spec.series == spec.run_id else "")
 
         def one(each: Node) -> None:
             tell(each.name, "rolling back")
             host = self._connector.connect(each, timeout=5)
-            root = job.places(plan.spec, 0).root
             for _ in range(2):
-                host.run(docker.rollback(plan.spec.run_id, root), timeout=STOP_S)
+                done = host.run(undo, timeout=STOP_S)
+            if not done.ok:
+                raise _failed("rolling back", done)
 
         left = fanout([each.node for each in plan.nodes], one, deadline=STOP_S, what="roll back")
         for name, outcome in left.items():
@@ -185,6 +188,8 @@ class SshBackend:
             host = self._connector.connect(node, timeout=min(timeout, 15))
             done = host.run(_read(found.dir(node.name)), timeout=timeout)
             answer = report.parse_read(done.stdout, sent, time.time_ns())
+            if answer.state == "unknown" and not answer.engine_error:
+                raise _failed("reading the run's state", done)
             return node_status(answer, node.name, order.get(node.name, 0))
 
         return fanout(nodes, one, deadline=timeout + 5, what=f"status of {found.run.id}")
@@ -233,9 +238,9 @@ class SshBackend:
 
     def remove(self, found: Found, nodes: Sequence[Node], *, files: bool = False) -> Errors:
         def one(node: Node) -> None:
-            command = docker.remove_ended(found.run.id)
+            command = docker.remove_ended(found.run.id, found.dir(node.name))
             if files:
-                command = chain(command.strip().replace("\n", "; "), f"rm -rf -- {path(found.dir(node.name))}")
+                command = lines("set -e", command, f"rm -rf -- {path(found.dir(node.name))}")
             done = self._connector.connect(node, timeout=5).run(command, timeout=STOP_S)
             if not done.ok:
                 raise _failed("removing the container", done)

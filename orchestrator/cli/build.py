@@ -11,9 +11,12 @@ from orchestrator.cli.options import Json, On
 
 def build(
     on: On = None,
-    push: Annotated[bool, typer.Option("--push/--no-push", help="Push to image.repository's registry.")] = True,
+    push: Annotated[
+        bool, typer.Option("--push/--no-push", help="Push to image.repository's registry.")
+    ] = True,
     force: Annotated[
-        bool, typer.Option("--force", help="Build and push even if the tag exists (a base image that has moved on).")
+        bool,
+        typer.Option("--force", help="Build and push even if the tag exists (for a base that has moved on)."),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the tag and the build commands; contact nothing.")
@@ -22,12 +25,13 @@ def build(
 ) -> None:
     """Build the job's image and push it; prints REPOSITORY@DIGEST.
 
-    The tag is a hash of what goes in (your files, requirements, base, our trainer), so nothing that is unchanged is
-    built or pushed again. Heavy layers lie below the code: an edit moves kilobytes. Progress goes to stderr.
+    The tag is a hash of what goes in (your files, requirements, base, our trainer), so nothing that is
+    unchanged is built or pushed again. Heavy layers lie below the code: an edit moves kilobytes. Progress
+    goes to stderr.
 
-    Package sources are those that pip uses on this machine (PIP_INDEX_URL, PIP_FIND_LINKS, PIP_CERT, pip.conf) or
-    the keys image.index_url, image.wheels and image.ca_bundle in orch.yaml. They reach the build as secrets and
-    mounts and are never part of the image.
+    Package sources are those that pip uses here (PIP_INDEX_URL, PIP_FIND_LINKS, PIP_CERT, pip.conf) or
+    the keys image.index_url, image.wheels and image.ca_bundle in orch.yaml. They reach the build as secrets and mounts
+    and are never part of the image.
     """
     from orchestrator.cli import output
     from orchestrator.cli.state import state

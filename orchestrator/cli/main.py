@@ -193,9 +193,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(argv: list[str]) -> int:
+    command = app()
     try:
-        code = app().main(argv or ["--help"], prog_name="orch", standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        # not command.main(): it swallows every broken pipe, a node's connection included
+        with command.make_context("orch", argv or ["--help"]) as context:
+            command.invoke(context)
+        return 0
+    except typer.Exit as end:
+        return end.exit_code
     except KeyboardInterrupt:
         return 130
     except typer.Abort:
@@ -229,6 +234,8 @@ def _finish(code: int) -> int:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        from orchestrator.cli.output import discard_stdout
+
+        discard_stdout()
         return code or 141
     return code

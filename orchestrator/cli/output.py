@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import select
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -161,24 +162,28 @@ def print_error(error: OrchError) -> None:
     _error_line(str(error))
     for line in error.lines:
         print(f"  {printable(line)}", file=sys.stderr)
-    if isinstance(error, NodesFailed):
-        _print_nodes(error.errors)
-    if error.hint:
+    said = _print_nodes(error.errors) if isinstance(error, NodesFailed) else set()
+    if error.hint and error.hint not in said:
         print(f"{style('hint:', 'yellow', sys.stderr)} {printable(error.hint)}", file=sys.stderr)
     sys.stderr.flush()
 
 
-def _print_nodes(errors: Mapping[str, Exception]) -> None:
+def _print_nodes(errors: Mapping[str, Exception]) -> set[str]:
+    """Each node's own error, and each different hint once; returns the nodes' hints."""
     hints: dict[str, list[str]] = {}
+    own: dict[str, str] = {}
     for node, error in errors.items():
         message = error.message if isinstance(error, OrchError) else f"{type(error).__name__}: {error}"
         print(f"  {style(node, 'cyan', sys.stderr)}: {printable(message)}", file=sys.stderr)
         for line in getattr(error, "lines", ()):
             print(f"    {printable(line)}", file=sys.stderr)
         if getattr(error, "hint", None):
-            hints.setdefault(error.hint, []).append(node)
+            own[node] = error.hint
+            hints.setdefault(re.sub(rf"(?<!\w){re.escape(node)}(?!\w)", "NODE", error.hint), []).append(node)
     for hint, nodes in hints.items():
-        print(f"{style('hint:', 'yellow', sys.stderr)} {', '.join(nodes)}: {printable(hint)}", file=sys.stderr)
+        shown = own[nodes[0]] if len(nodes) == 1 else hint
+        print(f"{style('hint:', 'yellow', sys.stderr)} {', '.join(nodes)}: {printable(shown)}", file=sys.stderr)
+    return {*own.values()}
 
 
 def print_usage_error(error: Any) -> None:
@@ -194,7 +199,7 @@ def print_usage_error(error: Any) -> None:
 
 def print_internal_error(error: Exception, *, debug: bool) -> None:
     """A fault of orch itself, in one line."""
-    what = f"{type(error).__name__}: {error}".splitlines()[0]
+    what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
     again = "" if debug else "; run again with --debug"
     _error_line(f"internal error: {what}{again}")
 
@@ -219,10 +224,18 @@ def route_warnings() -> None:
 
 
 def stdout_is_broken() -> bool:
-    """True when nobody reads stdout any more."""
+    """True when nobody reads stdout any more; what is still to be written there is then thrown away."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        asked = select.poll()
+        asked.register(sys.stdout.fileno(), select.POLLOUT)
+        broken = any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0))
+    except (OSError, ValueError):
+        return False
+    if broken:
+        discard_stdout()
+    return broken
+
+
+def discard_stdout() -> None:
+    """Points stdout at nothing, so that the interpreter's last flush cannot fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""`docker buildx build`: its arguments, the pip settings it carries in, and what its output says of a failure."""
+"""`docker buildx build`: its arguments, pip's settings inside it, and what its output says of a failure."""
 
 from __future__ import annotations
 
@@ -62,6 +62,19 @@ def build_argv(
     for secret in secrets:
         argv += ["--secret", secret.flag]
     return [*argv, "-"]
+
+
+def inspect_argv(names: Sequence[str]) -> list[str]:
+    """Prints the tags and digests of those of `names` that the engine has; ends with 1 if one is missing."""
+    return ["docker", "image", "inspect", "--format", "{{json .RepoTags}}{{json .RepoDigests}}", *names]
+
+
+def parse_inspect(output: str, names: Sequence[str]) -> set[str]:
+    """Those of `names` that stand in the output of `inspect_argv`."""
+    # The engine shows names of the default registry in their short form.
+    return {
+        name for name in names if f'"{name.removeprefix("docker.io/").removeprefix("library/")}"' in output
+    }
 
 
 def render(argv: Sequence[str]) -> str:
@@ -138,15 +151,15 @@ def parse_failure(output: str) -> Failure:
 _ADVICE = (
     (
         r"no space left on device",
-        "free some disk: `docker system df` shows what Docker holds, `docker builder prune` frees build cache",
+        "free some disk: `docker system df` shows Docker's part, `docker builder prune` frees build cache",
     ),
     (
         r"(?i)cannot connect to the docker daemon|error during connect|docker daemon is not running",
         "start Docker (Docker Desktop, `systemctl start docker`, or `orch sim up` where it may start one)",
     ),
     (
-        r"(?i)'buildx' is not a docker command|unknown command: docker buildx|unknown (shorthand )?flag: ('f'|--load)",
-        "install Docker's buildx plugin (package docker-buildx-plugin or docker-buildx); `orch sim up` gets it too",
+        r"(?i)is not a docker command|unknown command: docker buildx|unknown [a-z ]*flag: ('f'|--load)",
+        "install the package docker-buildx-plugin (or docker-buildx); `orch sim up` gets it too",
     ),
     (
         r"(?i)certificate verify failed|unable to get local issuer|x509:",
@@ -162,7 +175,7 @@ _ADVICE = (
     ),
     (
         r"(?i)failed to resolve source metadata|failed to do request|pull access denied|manifest unknown",
-        "the base image cannot be had: check image.base in orch.yaml; `orch sim up` makes one from Debian packages",
+        "check image.base in orch.yaml; without a registry `orch sim up` makes a base from Debian packages",
     ),
 )
 

@@ -116,19 +116,26 @@ def start(run_dir: str) -> str:
     return script(f'docker start "$(cat {path(run_dir)}/container)" >/dev/null')
 
 
-def rollback(run_id: str, root: str) -> str:
-    """Removes this run's container and folder on a node, whatever stage it had reached; nothing else."""
+def rollback(run_id: str, root: str, checkpoints: str = "") -> str:
+    """Removes this run's container and folder on a node, whatever stage it had reached; nothing else.
+
+    The folder `checkpoints` goes too, if it is empty.
+    """
     return lines(
         f"ids=$(docker ps -aq --no-trunc --filter {quote(f'label={LABEL_RUN}={run_id}')}) || ids=",
-        '[ -z "$ids" ] || docker rm -f $ids >/dev/null',
-        f"rm -rf -- {path(root)}",
+        'code=0; [ -z "$ids" ] || docker rm -f $ids >/dev/null || code=$?',
+        f"rmdir -- {path(checkpoints)} 2>/dev/null" if checkpoints else "",
+        f'rm -rf -- {path(root)} && [ "$code" = 0 ]',
     )
 
 
-def remove_ended(run_id: str) -> str:
-    """Removes this run's ended container; a running one stays."""
+def remove_ended(run_id: str, run_dir: str) -> str:
+    """Removes this run's ended container; a running one stays, unless its launcher has already written its result."""
+    label = quote(f"label={LABEL_RUN}={run_id}")
     return lines(
-        f"ids=$(docker ps -aq --no-trunc --filter {quote(f'label={LABEL_RUN}={run_id}')} "
+        f"ids=$(docker ps -aq --no-trunc --filter {label}) || exit 1",
+        f'if [ -n "$ids" ] && [ -f {path(run_dir)}/result.json ]; then timeout 10 docker wait $ids >/dev/null || :; fi',
+        f"ids=$(docker ps -aq --no-trunc --filter {label} "
         "--filter status=exited --filter status=dead --filter status=created)",
         '[ -z "$ids" ] || docker rm $ids >/dev/null',
     )
@@ -146,7 +153,7 @@ def probe(run_dir: str) -> str:
         '"$id" 2>&1); then',
         "  state=${out%%|*}; out=${out#*|}; code=${out%%|*}; out=${out#*|}; oom=${out%%|*}; error=${out#*|}",
         f'  if [ "$state" != running ] && [ ! -f {path(run_dir)}/result.json ]; then '
-        'echo "orch.text tail"; docker logs --tail 20 "$id" 2>&1; echo; echo orch.end; fi',
+        'echo "orch.text tail"; docker logs --tail 20 "$id" 2>&1 | sed "s/^orch[.]/ &/"; echo; echo orch.end; fi',
         "elif ! docker version >/dev/null 2>&1; then",
         "  state=unknown; engine=$(docker version 2>&1 >/dev/null | tail -n 1); engine=${engine:-no answer}",
         "fi",
@@ -154,7 +161,7 @@ def probe(run_dir: str) -> str:
 
 
 def wait(run_dir: str) -> str:
-    return f"docker wait {container_id(run_dir)}"
+    return f"exec docker wait {container_id(run_dir)}"
 
 
 def pid(run_dir: str) -> str:
@@ -163,8 +170,17 @@ def pid(run_dir: str) -> str:
 
 
 def kill(run_dir: str, grace: int) -> str:
-    """Stops the container from outside, for a launcher that no longer listens."""
-    return f"docker stop --time {grace} {container_id(run_dir)} >/dev/null 2>&1 || :"
+    """Stops the container from outside, for a launcher that no longer listens.
+
+    One that was created and never started cannot be stopped; it is removed.
+    """
+    return lines(
+        f"id={container_id(run_dir)}",
+        f'docker stop --time {grace} "$id" >/dev/null 2>&1 || :',
+        """if [ "$(docker inspect --format '{{.State.Status}}' "$id" 2>/dev/null)" = created ]; then """
+        'docker rm "$id" >/dev/null 2>&1; fi',
+        ":",
+    )
 
 
 def discover(runs: str) -> str:
@@ -195,7 +211,7 @@ def folders(runs: str, *, alive: str = "echo 0") -> str:
 def parse_discover(output: str) -> tuple[list[dict], list[dict]]:
     """(containers, folders): the first as `{state, labels}`, the second as `{dir, time, alive, job, result}`."""
     containers, folders = [], []
-    for line in output.splitlines():
+    for line in output.split("\n"):  # and not at the other line ends of Unicode, which JSON may hold
         kind, _, rest = line.partition(" ")
         try:
             if kind == "orch_container":

@@ -151,7 +151,9 @@ def stage_script(spec: JobSpec, at: Places) -> str:
     target = quote(f"{up}checkpoints/{safe_name(spec.series)}") if default else path(at.checkpoints)
     run = path(at.run_dir)
     return stage(at.root) + lines(
-        f"mkdir -p -- {run}/events {run}/errors {run}/tensorboard && ln -sfn -- {target} {run}/checkpoints",
+        f"if out=$(mkdir -p -- {run}/events {run}/errors {run}/tensorboard 2>&1 "
+        f"&& ln -sfn -- {target} {run}/checkpoints 2>&1); then :; "
+        'else say stage_error "$(printf %s "$out" | tail -n 1)"; fi',
     )
 
 

@@ -6,10 +6,12 @@ output in the tests. A line `orch.text KEY` begins a block that runs to the next
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 
-from orchestrator.commands.shell import lines, path, quote
+from orchestrator.commands.shell import join, lines, path, quote
 from orchestrator.errors import LeaseError, OrchError, PreflightError
 from orchestrator.specs import CONTAINER
 
@@ -58,7 +60,7 @@ def parse(output: str) -> tuple[dict[str, str], dict[str, str]]:
     values: dict[str, str] = {}
     texts: dict[str, str] = {}
     block: str | None = None
-    for line in output.splitlines(keepends=True):
+    for line in io.StringIO(output, newline="\n"):  # the other line ends of Unicode are plain characters here
         if line.startswith("orch."):
             key, _, value = line[5:].rstrip("\n").partition(" ")
             if key == "text":
@@ -114,7 +116,7 @@ def preflight(request: Request) -> str:
 def _engine(image: str) -> list[str]:
     holder = (
         f"docker ps -a --no-trunc --filter name={quote(f'^/?{CONTAINER}$')} "
-        '--format \'{{.State}}|{{.Label "orch.run"}}|{{.Label "orch.operator"}}|{{.ID}}\''
+        '--format \'{{.State}}|{{.Label "orch.run"}}|{{.Label "orch.operator"}}|{{.ID}}|{{.CreatedAt}}\''
     )
     parts = [
         "if out=$(docker version --format '{{.Server.Version}}' 2>&1); then say engine \"$out\"; "
@@ -140,9 +142,9 @@ def _listening(port: int) -> str:
 
 def _reach(address: str, port: int) -> str:
     """Only bash opens sockets; a refusal shows that the way is open, silence that it is not."""
-    attempt = f"exec 3<>/dev/tcp/{address}/{port}"
+    attempt = join(["timeout", "4", "bash", "-c", 'exec 3<>"/dev/tcp/$1/$2"', "bash", address, str(port)])
     return (
-        f"if command -v bash >/dev/null; then out=$(timeout 4 bash -c {quote(attempt)} 2>&1); code=$?; "
+        f"if command -v bash >/dev/null; then out=$({attempt} 2>&1); code=$?; "
         'case "$code:$out" in 0:*|*refused*) say reach yes;; 124:*) say reach "timed out";; '
         '*) say reach "$(printf %s "$out" | tail -n 1)";; esac; fi'
     )
@@ -153,7 +155,7 @@ def stage(root: str) -> str:
     target = path(root)
     return lines(
         "umask 077",
-        f"if out=$(mkdir -p -- {target} && tar -xf - -C {target} 2>&1); then say staged {target}; "
+        f"if out=$(mkdir -p -- {target} 2>&1 && tar -xmf - -C {target} 2>&1); then say staged {target}; "
         'else say stage_error "$(printf %s "$out" | tail -n 1)"; fi',
     )
 
@@ -183,8 +185,8 @@ def judge(
     if docker and (error := found.get("engine_error")):
         unfit(f"the Docker engine does not answer: {error}", _engine_hint(error, found.get("user")))
     if lease and docker and (holder := found.get("holder")):
-        state, run, operator, _ = (holder.split("|") + ["", "", ""])[:4]
-        if state not in ("exited", "dead"):
+        state, run, operator, _, created = (holder.split("|") + [""] * 4)[:5]
+        if state not in ("exited", "dead") and not (state == "created" and _age_s(found, created) >= STALE_CREATED_S):
             run = run or f"a container named {CONTAINER!r} that is not a run"
             unfit(
                 f"busy: {run} ({state}, started by {operator or 'unknown'})",
@@ -225,6 +227,15 @@ def judge(
     if error := found.get("stage_error"):
         unfit(f"cannot write the run's files: {error}", "check the disk and storage.runs in orch.yaml")
     return problems
+
+
+def _age_s(found: Facts, created: str) -> float:
+    """Seconds since `created` (`2026-01-31 12:00:00 +0100 CET`) by the node's own clock; 0 if that cannot be told."""
+    try:
+        moment = datetime.strptime(created[:25], "%Y-%m-%d %H:%M:%S %z")
+        return int(found.get("clock")) / 1e9 - moment.timestamp()
+    except ValueError:
+        return 0.0
 
 
 def _engine_hint(error: str, user: str) -> str:

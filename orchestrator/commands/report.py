@@ -39,16 +39,20 @@ def read(run_dir: str, probe: str) -> str:
         probe,
         'say state "$state"; say code "$code"; say oom "$oom"; say error "$error"; say engine "$engine"',
         f"if [ -f {folder}/result.json ]; then echo 'orch.text result'; cat {folder}/result.json; echo; fi",
+        "say whole yes",
     )
 
 
 def parse_read(output: str, sent_ns: int = 0, received_ns: int = 0) -> Report:
+    """Reads what `read` printed; an answer that broke off on its way says nothing, so its state is `unknown`."""
     values, texts = parse(output)
+    if values.get("whole") != "yes":
+        return Report("unknown", None, None)
     result = None
     if text := texts.get("result", "").strip():
         try:
             result = NodeResult.from_json(json.loads(text))
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             result = None
     clock = values.get("clock", "")
     if result and clock.isdigit() and received_ns:
@@ -70,6 +74,8 @@ def verdict(report: Report, node: str, index: int, *, last_lines: tuple[str, ...
     if report.result:
         return report.result
     if report.state in ("running", "created", "restarting", "paused"):
+        return None
+    if report.state == "unknown" and not report.engine_error:
         return None
 
     def failed(reason: str, hint: str, state: RunState = RunState.FAILED, code: int = 1) -> NodeResult:
@@ -93,6 +99,12 @@ def verdict(report: Report, node: str, index: int, *, last_lines: tuple[str, ...
         return failed(f"the launcher was killed ({why})", "see `dmesg` there; give the job less memory to fill")
     if report.start_error:
         return failed(f"the container did not start: {report.start_error}", "see `docker inspect` of the container")
+    if report.exit_code == 255:
+        return failed(
+            "the container died with its engine or machine (exit code 255)",
+            "see whether the machine restarted; deploy again with the same --name to resume",
+            RunState.LOST,
+        )
     if report.exit_code == 127 or any("python3" in line and "not found" in line for line in report.tail):
         return failed("python3 is not in the image", "the image needs Python 3.9 or newer and torch", code=127)
     return failed(
@@ -104,7 +116,8 @@ def verdict(report: Report, node: str, index: int, *, last_lines: tuple[str, ...
 def watch(wait: str, report: str) -> str:
     """A `.` each second while `wait` (a command that blocks until the launcher ends) runs, then `report`.
 
-    When the reader goes away the `.` cannot be written, and `wait` is ended: nothing stays behind.
+    When the reader goes away the `.` cannot be written, and `wait` is ended: nothing stays behind, provided that
+    `wait` ends in an `exec`, so that the process which is killed is the one that waits.
     The sleep must not hold standard output, or the reader would see the end a second late.
     """
     return lines(

@@ -14,12 +14,11 @@ from orchestrator.errors import UsageError
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+:,./-][A-Za-z0-9_@%+=:,./-]*\Z")
 _COMMAND = re.compile(r"[A-Za-z0-9_./-]+\Z")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
-_RESERVED = frozenset(
-    ["case", "do", "done", "elif", "else", "esac", "fi", "for", "function", "if", "in", "select", "then", "time"]
-    + ["until", "while"]
-)
+_RESERVED = frozenset(["case", "do", "done", "elif", "else", "esac", "fi", "for", "if", "in", "then", "until", "while"])
+"""Words that start or end a construct where a command could stand."""
 
 _DISPUTED = "\n\\!"
+"""What login shells read differently inside single quotes."""
 _RESTORE = r'''exec sh -c "$(printf %s "$1" | tr "\001\002\003" "\012\134\041")"'''
 
 
@@ -55,7 +54,8 @@ def path(text: str) -> str:
         return '"$HOME"/' + (quote(rest) if rest else "")
     if text.startswith("~"):
         raise UsageError(
-            f"the path {text!r} starts with another user's home", hint="write it out, or use ~/… (your own home)"
+            f"the path {text!r} starts with another user's home",
+            hint="write it out, or use ~/… (your own home)",
         )
     return quote("./" + text if text.startswith("-") else text)
 

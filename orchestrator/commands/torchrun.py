@@ -107,7 +107,7 @@ def _own_options(rest: list[str], launcher: str) -> list[str]:
         return ["-m", *rest[1:]]
     if rest and rest[0].startswith("-"):
         raise UsageError(
-            f"{launcher}'s own option {rest[0]!r} cannot be given: orch sets nodes, processes and rendezvous itself",
+            f"{launcher}'s own option {rest[0]!r} cannot be given: orch sets it itself",
             hint="use --nodes, --gpus, --procs and run.port; put the script right after `--`",
         )
     return rest

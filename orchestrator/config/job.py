@@ -17,6 +17,7 @@ from orchestrator.errors import ConfigError, UsageError, unknown
 from orchestrator.files import recipe_files
 from orchestrator.specs import ImageRef, JobSpec, Mount, Node, Secret, safe_name
 
+LAUNCHERS = ("torchrun", "none")
 _UNLIMITED = sys.maxsize
 _KEY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_0-9]\w*)*\Z")
 _PYTHON = re.compile(r"(?:.*/)?python(?:3(?:\.\d+)?)?\Z")
@@ -117,6 +118,8 @@ def job_spec(
     if not nodes:
         raise UsageError("no nodes to run on", hint="give --nodes, or write nodes into the inventory")
     launcher = launcher or config.run.launcher
+    if launcher not in LAUNCHERS:
+        raise UsageError(unknown("launcher", launcher, LAUNCHERS))
     argv, stop = _command(config, recipe, tuple(command), sets, launcher)
     gpus = _gpus(gpus, target, nodes)
     return JobSpec(

@@ -81,7 +81,7 @@ def _lift_targets(document: dict[Any, Any]) -> tuple[dict[str, Any], str | None,
 def name_problem(name: str) -> str:
     """Why `name` cannot name a run, with one that could."""
     return (
-        f"{name!r} cannot name a run: up to 40 of a-z 0-9 . _ - , beginning and ending with none of . -"
+        f"{name!r} cannot name a run: up to 80 of a-z 0-9 . _ - , beginning and ending with none of . -"
         f" (for example {safe_name(name)!r})"
     )
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import getpass
 import glob
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator.connect import known_hosts
-from orchestrator.errors import AuthError, ConfigError
+from orchestrator.errors import ConfigError
 from orchestrator.specs import Node
 
 Lookup = Callable[[str], Mapping[str, Any]]
@@ -116,29 +116,6 @@ def with_includes(file: Path, depth: int = 0) -> str:
                 path = path if path.is_absolute() else Path.home() / ".ssh" / path
                 out += [with_includes(Path(name), depth + 1) for name in sorted(glob.glob(str(path)))]
     return "\n".join(out) + "\n"
-
-
-def why_unusable(path: Path, error: Exception) -> str:
-    """Why the private key in `path` could not be loaded, in words."""
-    if isinstance(error, FileNotFoundError):
-        return f"{path} does not exist"
-    if isinstance(error, PermissionError):
-        return f"{path} cannot be read"
-    if "password" in str(error).lower() or "PasswordRequired" in type(error).__name__:
-        return f"{path} is encrypted and not in the ssh-agent (ssh-add {path})"
-    return f"{path} is not a private key that can be used"
-
-
-def denied(endpoint: Endpoint, refused: Sequence[str], unusable: Sequence[str], why: str) -> AuthError:
-    """No key was accepted: names those that were `refused`, those that were `unusable`, and `why` else."""
-    if refused:
-        message = f"{endpoint.where} does not accept {', '.join(refused)}"
-        hint = f"put the public key into ~{endpoint.user}/.ssh/authorized_keys there; is the user right?"
-    else:
-        message = f"no key to log in to {endpoint.where} with"
-        hint = "name one with `key:` in the inventory, or load one with ssh-add"
-    notes = [*unusable, *([why] if why else [])]
-    return AuthError(message + "".join(f"; {note}" for note in notes), node=endpoint.name, hint=hint)
 
 
 def _port(value: object, node: Node) -> int:

@@ -10,138 +10,39 @@ Standard library only; run as `docker ARGS` with FAKE_DOCKER naming the engine's
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import fcntl
 import json
 import os
 import re
 import secrets
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NoReturn
 
-from orchestrator.connect.fake_run import supervise
-from orchestrator.connect.gotemplate import TemplateError, render
+from orchestrator.connect.fake_client import FLAGS, SHORT, VALUES, Failure, TemplateError, options, render
+from orchestrator.connect.fake_engine import (
+    daemon,
+    ended,
+    environment,
+    find,
+    folder,
+    get,
+    launch,
+    make,
+    mapped,
+    normal,
+    now,
+    send,
+    state,
+    supervise,
+)
 
 NO_DAEMON = "Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?"
-NEVER = "0001-01-01T00:00:00Z"
-
-CREATE = {
-    "value": "name entrypoint network ipc pid shm-size mount volume user label env env-file gpus stop-timeout "
-    "stop-signal cidfile workdir log-opt log-driver ulimit cap-add device restart pull hostname security-opt "
-    "memory cpus add-host group-add tmpfs runtime".split(),  # noqa: SIM905
-    "flag": ["init", "read-only", "privileged", "rm", "interactive", "tty", "detach", "quiet"],
-    "short": {"v": "volume", "u": "user", "l": "label", "e": "env", "w": "workdir", "h": "hostname", "i": "interactive"},
-}
-
-
-class Failure(Exception):
-    """Printed to standard error as it is; the exit code is 1 unless given."""
-
-    def __init__(self, message: str, code: int = 1) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-def daemon(message: str) -> Failure:
-    return Failure(f"Error response from daemon: {message}")
-
-
-# ---- state
-
-
-def folder() -> Path:
-    return Path(os.environ["FAKE_DOCKER"])
-
-
-@contextlib.contextmanager
-def state() -> Iterator[dict[str, Any]]:
-    """The engine's state, locked; written back if the block ends well."""
-    with (folder() / "lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        file = folder() / "state.json"
-        data = json.loads(file.read_text())
-        before = json.dumps(data)
-        yield data
-        if json.dumps(data) != before:
-            temporary = file.with_suffix(".new")
-            temporary.write_text(json.dumps(data))
-            temporary.replace(file)
-
-
-def now() -> str:
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%f000Z")
-
-
-def normal(ref: str) -> str:
-    """`ref` with the tag that Docker assumes."""
-    return ref if "@" in ref or ":" in ref.rpartition("/")[2] else f"{ref}:latest"
-
-
-def find(data: dict[str, Any], ref: str) -> dict[str, Any] | None:
-    for box in data["containers"]:
-        if ref and (box["Name"] == "/" + ref.lstrip("/") or box["Id"].startswith(ref)):
-            return box
-    return None
-
-
-def get(data: dict[str, Any], ref: str) -> dict[str, Any]:
-    box = find(data, ref)
-    if box is None:
-        raise daemon(f"No such container: {ref}")
-    return box
-
-
-# ---- the command line
-
-
-def options(
-    args: list[str], value: list[str], flag: list[str], short: dict[str, str], *, stop: bool = False
-) -> tuple[dict[str, list[str]], list[str]]:
-    """({name: values}, positional arguments); with `stop`, options end at the first positional one."""
-    found: dict[str, list[str]] = {}
-    rest: list[str] = []
-    queue = list(args)
-    while queue:
-        arg = queue.pop(0)
-        if arg == "--":
-            return found, rest + queue
-        if not arg.startswith("-") or arg == "-":
-            rest.append(arg)
-            if stop:
-                return found, rest + queue
-            continue
-        if arg.startswith("--"):
-            name, equals, given = arg[2:].partition("=")
-            names = [name]
-        else:
-            # -aq are two flags; -fname=x and -n20 are one option with its value
-            letters, equals, given = arg[1:].partition("=")
-            if short.get(letters[:1]) in value and len(letters) > 1 and not equals:
-                letters, equals, given = letters[0], "=", letters[1:]
-            names = [short.get(letter, "-" + letter) for letter in letters]
-        for name in names:
-            if name in flag:
-                found.setdefault(name, []).append(given or "true")
-            elif name in value:
-                if not equals and not queue:
-                    raise Failure(f"flag needs an argument: --{name}", 125)
-                found.setdefault(name, []).append(given if equals else queue.pop(0))
-            else:
-                dashes = "shorthand flag: " if name.startswith("-") else "flag: --"
-                raise Failure(f"unknown {dashes}{name.lstrip('-')}", 125)
-    return found, rest
 
 
 def main(argv: list[str]) -> int:
     if argv[:1] == ["__supervise__"]:
-        return supervise(argv[1], state)
+        return supervise(argv[1])
     try:
         verb = " ".join(argv[:2]) if argv[:1] in (["image"], ["container"]) else argv[0]
         command = COMMANDS.get(verb)
@@ -201,7 +102,10 @@ def info(args: list[str]) -> None:
             "ContainersRunning": sum(box["State"]["Running"] for box in boxes),
             "NCPU": os.cpu_count(),
             "OSType": "linux",
-            "Runtimes": {"runc": {"path": "runc"}, **({"nvidia": {"path": "nvidia"}} if data["gpus"] else {})},
+            "Runtimes": {
+                "runc": {"path": "runc"},
+                **({"nvidia": {"path": "nvidia"}} if data["gpus"] else {}),
+            },
             "DefaultRuntime": "runc",
         }
     print(render(found.get("format", ["{{json .}}"])[-1], value))
@@ -237,7 +141,11 @@ def image_inspect(args: list[str]) -> int:
         }
         for ref in known
     ]
-    return _print_inspected(values, found, [f"Error response from daemon: No such image: {normal(ref)}" for ref in rest if ref not in known])
+    return _print_inspected(
+        values,
+        found,
+        [f"Error response from daemon: No such image: {normal(ref)}" for ref in rest if ref not in known],
+    )
 
 
 def _print_inspected(values: list[dict], found: dict[str, list[str]], errors: list[str]) -> int:
@@ -257,15 +165,13 @@ def _print_inspected(values: list[dict], found: dict[str, list[str]], errors: li
 
 
 def create(args: list[str]) -> None:
-    found, rest = options(args, CREATE["value"], CREATE["flag"], CREATE["short"], stop=True)
+    found, rest = options(args, VALUES, FLAGS, SHORT, stop=True)
     if not rest:
         raise Failure('"docker create" requires at least 1 argument.')
-    box = _make(found, normal(rest[0]), rest[1:])
+    box = make(found, normal(rest[0]), rest[1:])
     file = found.get("cidfile", [""])[-1]
     if file and Path(file).exists():
-        raise Failure(
-            f"container ID file found, make sure the other container isn't running or delete {file}", 125
-        )
+        raise Failure(f"container ID file found, make sure the other container isn't running or delete {file}")
     with state() as data:
         if box["Config"]["Image"] not in data["images"]:
             if found.get("pull", ["missing"])[-1] == "never":
@@ -285,73 +191,6 @@ def create(args: list[str]) -> None:
     print(box["Id"])
 
 
-def _make(found: dict[str, list[str]], image: str, args: list[str]) -> dict[str, Any]:
-    def last(name: str, default: str = "") -> str:
-        return found.get(name, [default])[-1]
-
-    identity = secrets.token_hex(32)
-    entry = [last("entrypoint")] if last("entrypoint") else []
-    command = [*entry, *args]
-    env = [item if "=" in item else f"{item}={os.environ.get(item, '')}" for item in found.get("env", [])]
-    for file in found.get("env-file", []):
-        lines = [line for line in Path(file).read_text().splitlines() if line and not line.startswith("#")]
-        env = lines + env
-    return {
-        "Id": identity,
-        "Created": now(),
-        "Path": command[0] if command else "",
-        "Args": command[1:],
-        "State": {
-            **{"Status": "created", "Running": False, "Paused": False, "Restarting": False, "OOMKilled": False},
-            **{"Dead": False, "Pid": 0, "ExitCode": 0, "Error": "", "StartedAt": NEVER, "FinishedAt": NEVER},
-        },
-        "Image": "sha256:" + image.encode().hex().ljust(64, "0")[:64],
-        "Name": "/" + last("name") if last("name") else "",
-        "RestartCount": 0,
-        "Mounts": [_mount(text) for text in found.get("mount", [])],
-        "Config": {
-            "Hostname": last("hostname", identity[:12]),
-            "User": last("user"),
-            "Env": env,
-            "Cmd": args,
-            "Image": image,
-            "WorkingDir": last("workdir"),
-            "Entrypoint": entry or None,
-            "Labels": dict(item.partition("=")[::2] for item in found.get("label", [])),
-            "StopTimeout": int(last("stop-timeout", "10")),
-        },
-        "HostConfig": {
-            "NetworkMode": last("network", "default"),
-            "IpcMode": last("ipc", "private"),
-            "ShmSize": _bytes(last("shm-size", "64m")),
-            "RestartPolicy": {"Name": last("restart", "no"), "MaximumRetryCount": 0},
-            "Init": True if "init" in found else None,
-            "LogConfig": {"Type": "json-file", "Config": dict(i.partition("=")[::2] for i in found.get("log-opt", []))},
-            "CapAdd": found.get("cap-add"),
-            "DeviceRequests": [{"Capabilities": [["gpu"]]}] if "gpus" in found else None,
-        },
-    }
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+)([bkmgt]?)b?", text.lower())
-    if not match:
-        raise Failure(f'invalid argument "{text}" for "--shm-size" flag: invalid size: \'{text}\'', 125)
-    return int(match[1]) << (10 * "bkmgt".index(match[2] or "b"))
-
-
-def _mount(text: str) -> dict[str, Any]:
-    fields = dict(part.partition("=")[::2] for part in next(csv.reader([text])))
-    source = fields.get("source") or fields.get("src", "")
-    target = fields.get("target") or fields.get("dst") or fields.get("destination", "")
-    if not target.startswith("/"):
-        raise daemon(f"invalid mount config for type \"bind\": invalid mount path: '{target}' mount path must be absolute")
-    if not os.path.exists(source):
-        raise daemon(f'invalid mount config for type "bind": bind source path does not exist: {source}')
-    writable = not ({"readonly", "ro"} & fields.keys())
-    return {"Type": "bind", "Source": source, "Destination": target, "Mode": "", "RW": writable, "Propagation": "rprivate"}
-
-
 def start(args: list[str]) -> int:
     _, rest = options(args, [], ["attach", "interactive"], {"a": "attach", "i": "interactive"})
     failed = []
@@ -368,7 +207,7 @@ def start(args: list[str]) -> int:
             execute = data["execute"]
             if not execute:
                 box["State"].update(Status="running", Running=True, Pid=1, StartedAt=now(), ExitCode=0)
-        error = _launch(box["Id"]) if execute else ""
+        error = launch(box["Id"]) if execute else ""
         if error:
             print(daemon(error), file=sys.stderr)
             failed.append(ref)
@@ -379,26 +218,16 @@ def start(args: list[str]) -> int:
     return 1 if failed else 0
 
 
-def _launch(identity: str) -> str:
-    """Starts the process that runs the container; what it says went wrong, or nothing."""
-    command = [*os.environ["FAKE_DOCKER_COMMAND"].split("\t"), "__supervise__", identity]
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    with process.stdout as out:
-        return out.read().decode().strip()  # closed by it once the container runs, or cannot
-
-
 def stop(args: list[str]) -> None:
     found, rest = options(args, ["time", "timeout", "signal"], [], {"t": "time", "s": "signal"})
     for ref in rest:
         with state() as data:
             box = get(data, ref)
         limit = float((found.get("time") or found.get("timeout") or [box["Config"]["StopTimeout"]])[-1])
-        _signal(box["Id"], signal.SIGTERM)
-        if not _ended(box["Id"], limit):
-            _signal(box["Id"], signal.SIGKILL)
-            _ended(box["Id"], 10)
+        send(box["Id"], signal.SIGTERM)
+        if not ended(box["Id"], limit):
+            send(box["Id"], signal.SIGKILL)
+            ended(box["Id"], 10)
         print(ref)
 
 
@@ -411,36 +240,8 @@ def kill(args: list[str]) -> None:
             box = get(data, ref)
         if not box["State"]["Running"]:
             raise daemon(f"Cannot kill container: {ref}: Container {box['Id']} is not running")
-        _signal(box["Id"], number)
+        send(box["Id"], number)
         print(ref)
-
-
-def _signal(identity: str, number: int) -> None:
-    with state() as data:
-        box = find(data, identity)
-        if box is None or not box["State"]["Running"]:
-            return
-        if not data["execute"]:
-            if number in (signal.SIGTERM, signal.SIGKILL, signal.SIGINT):
-                box["State"].update(Status="exited", Running=False, Pid=0, ExitCode=128 + number, FinishedAt=now())
-            return
-        pid = box["State"]["Pid"]
-    with contextlib.suppress(ProcessLookupError):
-        # An ended init takes its whole process namespace along; TERM goes to the command only.
-        os.killpg(pid, number) if number == signal.SIGKILL else os.kill(pid, number)
-
-
-def _ended(identity: str, limit: float | None) -> dict[str, Any] | None:
-    """The container once it does not run; None if it still does after `limit` seconds."""
-    deadline = None if limit is None else time.monotonic() + limit
-    while True:
-        with state() as data:
-            box = find(data, identity)
-        if box is None or not box["State"]["Running"]:
-            return box or {"State": {"ExitCode": 137}}
-        if deadline is not None and time.monotonic() > deadline:
-            return None
-        time.sleep(0.02)
 
 
 def remove(args: list[str]) -> int:
@@ -459,8 +260,8 @@ def remove(args: list[str]) -> int:
                     f"You cannot remove a running container {box['Id']}. "
                     "Stop the container before attempting removal or force remove"
                 )
-            _signal(box["Id"], signal.SIGKILL)
-            _ended(box["Id"], 10)
+            send(box["Id"], signal.SIGKILL)
+            ended(box["Id"], 10)
         with state() as data:
             data["containers"] = [each for each in data["containers"] if each["Id"] != box["Id"]]
         print(ref)
@@ -471,7 +272,7 @@ def wait(args: list[str]) -> None:
     for ref in args:
         with state() as data:
             identity = get(data, ref)["Id"]
-        print(_ended(identity, None)["State"]["ExitCode"], flush=True)
+        print(ended(identity, None)["State"]["ExitCode"], flush=True)
 
 
 def inspect(args: list[str]) -> int:
@@ -488,6 +289,8 @@ def ps(args: list[str]) -> None:
     wanted: dict[str, list[str]] = {}
     for item in found.get("filter", []):
         key, _, value = item.partition("=")
+        if key not in ("name", "status", "id", "label"):
+            raise daemon(f"invalid filter '{key}'")
         wanted.setdefault(key, []).append(value)
     with state() as data:
         boxes = [box for box in reversed(data["containers"]) if _matches(box, wanted)]
@@ -514,11 +317,9 @@ def _matches(box: dict[str, Any], wanted: dict[str, list[str]]) -> bool:
             fits = box["State"]["Status"] in values
         elif key == "id":
             fits = any(box["Id"].startswith(value) for value in values)
-        elif key == "label":
+        else:
             pairs = [value.partition("=") for value in values]
             fits = all(name in labels and (not equals or labels[name] == text) for name, equals, text in pairs)
-        else:
-            raise daemon(f"invalid filter '{key}'")
         if not fits:
             return False
     return True
@@ -556,8 +357,6 @@ def logs(args: list[str]) -> None:
 
 
 def execute(args: list[str]) -> NoReturn:
-    from orchestrator.connect.fake_run import environment, mapped
-
     value = ["env", "user", "workdir", "env-file"]
     short = {"i": "interactive", "t": "tty", "d": "detach", "e": "env", "u": "user", "w": "workdir"}
     found, rest = options(args, value, ["interactive", "tty", "detach"], short, stop=True)

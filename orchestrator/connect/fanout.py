@@ -74,7 +74,7 @@ class _Crew:
             return self._fn(item)
         except OrchError as error:
             return error.on(name)
-        except BaseException as error:  # noqa: BLE001 - a thread has nobody above it to tell
+        except BaseException as error:  # a thread has nobody above it to tell
             detail = str(error).strip().splitlines()
             said = f"{type(error).__name__}: {detail[0]}" if detail else type(error).__name__
             wrapped = OrchError(f"{self._what}: unexpected {said}", node=name, hint="see it all with --debug")

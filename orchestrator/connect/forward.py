@@ -86,7 +86,7 @@ def _pump(source: Any, sink: Any, size: int) -> int:
         while data := source.recv(size):
             sink.sendall(data)
             carried += len(data)
-    except Exception:  # noqa: BLE001 - sockets and channels have errors of their own
+    except Exception:  # sockets and channels have errors of their own
         # One side is gone: stop taking from the other, so that its sender notices.
         _quietly(source.shutdown, SHUT_RD)
     _quietly(sink.shutdown, SHUT_WR)

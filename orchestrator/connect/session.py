@@ -37,10 +37,10 @@ class Wake(threading.Event):
 class Session:
     """A started command. One thread reads; `close` may come from any thread."""
 
-    def __init__(self, channel: Any, alive: Any, node: str) -> None:
+    def __init__(self, channel: Any, transport: Any, node: str) -> None:
         self.channel = channel
         self.node = node
-        self._alive = alive
+        self._transport = transport
         self._wake = Wake()
         channel.in_buffer.set_event(self._wake)
         channel.in_stderr_buffer.set_event(self._wake)
@@ -71,7 +71,7 @@ class Session:
 
     def broken(self) -> OrchError:
         """The error of a command that ended without an exit code."""
-        if self._alive() and not self.channel.event_ready:
+        if self._transport.is_active() and not self.channel.event_ready:
             return OrchError(
                 "the server refuses to run commands",
                 node=self.node,
@@ -92,6 +92,12 @@ class Session:
 
         threading.Thread(target=send, name=f"stdin {self.node}", daemon=True).start()
 
+    def terminate(self) -> None:
+        """Asks the server to end the command's processes, where it can (OpenSSH since 7.9), and closes."""
+        with suppress(Exception):
+            self._transport.send_signal(self.channel, "TERM")
+        self.close()
+
     def close(self) -> None:
         with suppress(Exception):  # the transport may be gone, and the channel with it
             self.channel.close()
@@ -101,19 +107,20 @@ def communicate(session: Session, stdin: bytes | None, timeout: float, deadline:
     """Runs a started command to its end. Raises DeadlineError, ConnectionLost; always closes the channel."""
     out: list[bytes] = []
     err: list[bytes] = []
+    code = None
     try:
         if stdin:
             session.feed(stdin)
         else:
             session.channel.shutdown_write()
-        while (chunk := session.next(deadline)) is not None:
-            if chunk == (b"", b""):
-                break
+        while (chunk := session.next(deadline)) is not None and chunk != (b"", b""):
             out.append(chunk[0])
             err.append(chunk[1])
-        code = session.exit_code(deadline) if chunk is not None else None
+        if chunk is not None:
+            code = session.exit_code(deadline)
     finally:
-        session.close()
+        # Late, or interrupted: what it started must not go on unseen.
+        session.close() if code is not None else session.terminate()
     if code is None:
         tail = b"".join(err or out).decode(errors="replace").splitlines()[-5:]
         raise DeadlineError(f"the command did not end within {timeout:g} s", node=session.node, lines=tail)

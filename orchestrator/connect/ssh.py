@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +61,8 @@ class SshHost:
             got = got or transport.listen(0, relay.accept, FORWARD_TIMEOUT)
         except TimeoutError:
             raise DeadlineError(
-                f"sshd did not answer the request for a port within {FORWARD_TIMEOUT:g} s", node=self.node.name
+                f"sshd did not answer the request for a port within {FORWARD_TIMEOUT:g} s",
+                node=self.node.name,
             ) from None
         except ConnectionError:
             raise ConnectionLost("the SSH connection broke", node=self.node.name) from None
@@ -75,10 +76,8 @@ class SshHost:
         try:
             yield got
         finally:
-            try:
+            with suppress(TimeoutError, ConnectionError):  # the listener ends with its connection anyway
                 transport.unlisten(got, 5.0)
-            except (TimeoutError, ConnectionError):
-                pass  # the listener ended with its connection
             relay.close()
 
     def close(self) -> None:
@@ -108,11 +107,9 @@ class SshHost:
             try:
                 left = max(deadline - time.monotonic(), 0.1)
                 channel = transport.start_command(command, window=WINDOW, timeout=left)
-                return Session(channel, transport.is_active, self.node.name)
+                return Session(channel, transport, self.node.name)
             except TimeoutError:
-                raise DeadlineError(
-                    f"sshd did not open a session within {timeout:g} s", node=self.node.name
-                ) from None
+                raise DeadlineError(f"sshd did not open a session within {timeout:g} s", node=self.node.name) from None
             except ConnectionError:
                 # Nothing was run yet, so trying once on a new connection is safe.
                 if retried:

@@ -24,8 +24,8 @@ with warnings.catch_warnings():
     from paramiko import common as wire
     from paramiko.packet import Packetizer
 
-from orchestrator.connect import known_hosts
-from orchestrator.connect.endpoint import Endpoint, denied, why_unusable, with_includes
+from orchestrator.connect import known_hosts, ssh_errors
+from orchestrator.connect.endpoint import Endpoint, with_includes
 from orchestrator.connect.known_hosts import HostKey
 from orchestrator.errors import AuthError, ConfigError, ConnectError, HostKeyError
 
@@ -34,10 +34,8 @@ logging.getLogger("paramiko").propagate = False
 logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)
 # paramiko logs tracebacks of its reader thread; every error reaches the user as ours instead.
 
-PROBE_EVERY = 3.0
-"""Seconds of silence before the server is asked for a sign of life."""
-PROBE_LIMIT = 9.0
-"""Seconds an asked server may stay silent."""
+PROBE_EVERY, PROBE_LIMIT = 3.0, 9.0
+"""Seconds of silence before the server is asked for a sign of life; seconds it then has to answer."""
 
 _ALGORITHMS = {"ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256")}
 """Signature algorithms of a key type where they are not called the same. (No SHA-1.)"""
@@ -160,15 +158,22 @@ class Transport(paramiko.Transport):
             channel = self.open_session(window_size=window, timeout=timeout)
         except (paramiko.SSHException, EOFError, OSError) as error:
             raise self._not_opened(error) from error
+        channel._event_pending()
+        self._request(channel, "exec", command, answer=True)
+        return channel
+
+    def send_signal(self, channel: Any, name: str) -> None:
+        """Asks the server to send SIG`name` to the process group of the channel's command."""
+        self._request(channel, "signal", name, answer=False)
+
+    def _request(self, channel: Any, kind: str, value: str, *, answer: bool) -> None:
         message = paramiko.Message()
         message.add_byte(wire.cMSG_CHANNEL_REQUEST)
         message.add_int(channel.remote_chanid)
-        message.add_string("exec")
-        message.add_boolean(True)
-        message.add_string(command)
-        channel._event_pending()
+        message.add_string(kind)
+        message.add_boolean(answer)
+        message.add_string(value)
         self._send_user_message(message)
-        return channel
 
     def open_tunnel(self, host: str, port: int, timeout: float) -> Any:
         """A channel to `host:port` as the server sees it (a jump host's work). Raises as above."""
@@ -282,21 +287,11 @@ def _handshake(endpoint: Endpoint, sock: Any, deadline: float, algorithms: tuple
     transport.close()
     sock.close()
     if isinstance(error, paramiko.ssh_exception.IncompatiblePeer) and "host key" in str(error):
-        raise HostKeyError(
-            f"{endpoint.host}:{endpoint.port} no longer has a host key of the pinned type ({', '.join(algorithms)})",
-            node=endpoint.name,
-            hint=f"if the machine was really reinstalled: orch nodes trust {endpoint.name} --replace",
-        )
-    where = f"{endpoint.host}:{endpoint.port}"
+        raise ssh_errors.no_pinned_type(endpoint, algorithms)
     if not answered:
-        what = "stopped answering during the key exchange" if greeted else "accepts, but no SSH server speaks"
-        raise ConnectError(f"{where} {what} (waited {left:.0f} s)", node=endpoint.name)
+        raise ssh_errors.no_answer(endpoint, left, greeted=bool(greeted))
     why = "the server closed the connection" if error is None or isinstance(error, EOFError) else str(error)
-    raise ConnectError(
-        f"no SSH session with {where}: {why}",
-        node=endpoint.name,
-        hint="too many connections at once (MaxStartups), or not an SSH server" if not greeted else None,
-    ) from error
+    raise ssh_errors.no_session(endpoint, why, greeted=bool(greeted)) from error
 
 
 def _host_key(transport: Transport) -> HostKey:
@@ -317,7 +312,7 @@ class KeyRing:
             if path not in self._loaded:
                 try:
                     self._loaded[path] = paramiko.PKey.from_path(path)
-                except Exception as error:  # noqa: BLE001 - each crypto backend has errors of its own
+                except Exception as error:  # each crypto backend has errors of its own
                     self._loaded[path] = error
             return self._loaded[path]
 
@@ -349,7 +344,7 @@ def _authenticate(transport: Transport, endpoint: Endpoint, deadline: float, rin
                 refused.append(label)
                 if transport.is_active():
                     continue  # the key could not sign (a locked agent, an odd type)
-                raise denied(endpoint, refused, unusable, "the server hung up") from error
+                raise ssh_errors.denied(endpoint, refused, unusable, "the server hung up") from error
             if not more:
                 return
             raise AuthError(
@@ -360,7 +355,7 @@ def _authenticate(transport: Transport, endpoint: Endpoint, deadline: float, rin
     finally:
         if agent:
             agent.close()
-    raise denied(endpoint, refused, unusable, "")
+    raise ssh_errors.denied(endpoint, refused, unusable, "")
 
 
 def _candidates(endpoint: Endpoint, agent: Any, ring: KeyRing, unusable: list[str]) -> Any:
@@ -376,7 +371,7 @@ def _candidates(endpoint: Endpoint, agent: Any, ring: KeyRing, unusable: list[st
             continue
         key = ring.load(path)
         if isinstance(key, Exception):
-            unusable.append(why_unusable(path, key))
+            unusable.append(ssh_errors.why_unusable(path, key))
         else:
             yield str(path), key
 
@@ -384,7 +379,7 @@ def _candidates(endpoint: Endpoint, agent: Any, ring: KeyRing, unusable: list[st
 def _public_blob(path: Path) -> bytes | None:
     try:
         return paramiko.PublicBlob.from_file(str(path) + ".pub").key_blob
-    except Exception:  # noqa: BLE001 - absent or odd: then only the private file counts
+    except Exception:  # absent or odd: then only the private file counts
         return None
 
 

@@ -64,9 +64,7 @@ def proxy(command: str) -> socket.socket:
     """
     ours, theirs = socket.socketpair()
     shell = os.environ.get("SHELL", "/bin/sh")
-    process = subprocess.Popen(
-        [shell, "-c", "exec " + command], stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([shell, "-c", "exec " + command], stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL)
     theirs.close()
     threading.Thread(target=process.wait, name=f"proxy {shlex.split(command)[:1]}", daemon=True).start()
     return ours

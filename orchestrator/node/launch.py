@@ -393,10 +393,15 @@ def split_long(block: bytes) -> bytes:
 
 
 class Log:
-    """RUNDIR/log: collects, then appends in one write. A full disk costs lines, not the job."""
+    """RUNDIR/log: collects, then appends in one write. A full disk costs lines, not the job.
+
+    Beside it log.index, `<unix seconds> <byte offset>` at most once a second: where that moment begins.
+    """
 
     def __init__(self, path: str) -> None:
-        self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        self.file, self.index = os.open(path, flags, 0o600), os.open(path + ".index", flags, 0o600)
+        self.indexed = 0
         self.waiting: list = []
         self.lost = 0
         self.torn = False
@@ -415,6 +420,10 @@ class Log:
         text, done = b"\n" * self.torn + note + b"".join(self.waiting), 0
         self.waiting = []
         try:
+            now = int(time.time())
+            if now > self.indexed:
+                self.indexed = now
+                os.write(self.index, b"%d %d\n" % (now, os.fstat(self.file).st_size))
             while done < len(text):
                 done += os.write(self.file, memoryview(text)[done:])
             self.lost = 0
@@ -469,6 +478,7 @@ def attend(child: subprocess.Popen, control: socket.socket, signals: socket.sock
                     if number != signal.SIGCHLD and not held:
                         passed = number
                         os.kill(child.pid, number)
+                        control.send(json.dumps({"passed": number}).encode())
             ended = reap()
             if child.pid in ended:
                 return ended[child.pid], passed
@@ -612,7 +622,7 @@ class Launcher:
         self.stop_at = self.stop_ns = 0  # when a stop was asked for
         self.stop_stage = ""  # "", "file", "term", "kill"
         self.failed_at = self.release_at = self.stage_at = self.kill_at = self.polled = 0.0
-        self.signalled = False
+        self.signalled = 0  # SIGTERM and SIGINT
         self.notices = 1
         self.busy = 0
         self.refused = None
@@ -731,19 +741,17 @@ class Launcher:
     def on_exit(self, rank: Rank) -> None:
         """The rank's own word on how it ended; none if its process around it was killed."""
         data = rank.control.recv(65536)
-        if rank.code is None:
-            word = (
-                json.loads(data)
-                if data
-                else {"code": -9, "passed": 0, "missing": "", "ended_ns": time.time_ns()}
-            )
-            rank.code, rank.missing, rank.ended_ns = word["code"], word["missing"], word["ended_ns"]
-            rank.ordered = rank.ordered or ("peer" if word["passed"] else "")
+        word = json.loads(data) if data else {"code": -9, "ended_ns": time.time_ns()}
+        if "code" not in word:  # torchrun told it to end: another rank failed, or the rendezvous is lost
+            rank.ordered = rank.ordered or "peer"
+            self.failed_at = self.failed_at or time.monotonic()
+        elif rank.code is None:
+            rank.code, rank.ended_ns, rank.missing = word["code"], word["ended_ns"], word.get("missing", "")
             rank.oom = rank.code == -signal.SIGKILL and not rank.ordered and oom_kills() > self.baseline
             if rank.code == PREEMPTED:
-                self.order(b"hold", self.living())
-            elif rank.code and not self.stop_at and not self.failed_at:
-                self.failed_at = time.monotonic()
+                self.begin_stop(f"rank {rank.rank} returned 75")
+            elif rank.code and not rank.ordered:
+                self.failed_at = self.failed_at or time.monotonic()
         if not data:
             self.selector.unregister(rank.control)
             rank.control.close()
@@ -752,9 +760,9 @@ class Launcher:
     def on_signal(self) -> None:
         for number in self.signals.recv(4096):
             if number in (signal.SIGTERM, signal.SIGINT):
-                with open(os.path.join(self.folder, "stop"), "a") as file:
-                    file.write("kill\n" if self.signalled else "")
-                self.signalled, self.polled = True, 0.0
+                self.signalled, self.polled = self.signalled + 1, 0.0
+                with contextlib.suppress(OSError), open(os.path.join(self.folder, "stop"), "a") as file:
+                    file.write("kill\n" if self.signalled > 1 else "")
         ended = reap()
         if self.agent and self.agent.pid in ended:
             self.agent_code = self.agent.returncode = ended[self.agent.pid]
@@ -778,30 +786,31 @@ class Launcher:
         if self.agent and self.agent_code is None:
             os.kill(self.agent.pid, signal.SIGKILL)
 
-    def poll_stop(self, now: float) -> None:
-        """Reads RUNDIR/stop, and goes one stage further when a stage's time is over."""
-        try:
-            with open(os.path.join(self.folder, "stop"), "rb") as file:
-                wanted = "kill" if b"kill" in file.read(64) else self.job["stop"]
-        except OSError:
-            if not self.stop_at:
-                return
-            wanted = ""
+    def begin_stop(self, why: str) -> None:
         if not self.stop_at:
-            self.stop_at, self.stop_ns = now, time.time_ns()
-            self.stage_at = now
-            self.log.say("stop requested")
+            self.stop_at = self.stage_at = time.monotonic()
+            self.stop_ns, self.stop_stage = time.time_ns(), "file"
+            self.log.say(why)
             self.order(b"hold", self.living())
-            self.stop_stage = "file"
+            if not any(rank.code for rank in self.ranks.values()):
+                self.failed_at = 0.0
             if not self.ranks:
                 self.kill_agent()
-        patience = {"file": self.job["stop_grace"], "term": self.job["grace"]}
-        late = (
-            self.living() and self.stop_stage in patience and now - self.stage_at >= patience[self.stop_stage]
-        )
+
+    def poll_stop(self, now: float) -> None:
+        """Reads RUNDIR/stop, and goes one stage further when a stage's time is over."""
+        wanted = self.job["stop"] if self.signalled else ""
+        with contextlib.suppress(OSError), open(os.path.join(self.folder, "stop"), "rb") as file:
+            wanted = "kill" if b"kill" in file.read(64) else self.job["stop"]
+        if self.signalled > 1:
+            wanted = "kill"
+        if wanted:
+            self.begin_stop("stop requested")
+        patience = {"file": self.job["stop_grace"], "term": self.job["grace"]}.get(self.stop_stage)
+        late = patience is not None and now - self.stage_at >= patience and bool(self.living())
         if late:
             verb = "SIGTERM" if self.stop_stage == "file" else "SIGKILL"
-            self.log.say(f"{patience[self.stop_stage]} s after the request the ranks still run: {verb}")
+            self.log.say(f"{patience} s after the request the ranks still run: {verb}")
         if (wanted == "kill" and self.stop_stage != "kill") or (late and self.stop_stage == "term"):
             self.stop_stage = "kill"
             self.order(b"kill", self.living())
@@ -817,7 +826,8 @@ class Launcher:
         for rank in self.ranks.values():
             if rank.lines.update:
                 self.log.put(rank.lines.tick(now))
-        if self.failed_at and now - self.failed_at > FAIL_GRACE and self.living():
+        limit = self.job["grace"] if self.stop_at else FAIL_GRACE  # during a stop the others may be saving
+        if self.failed_at and now - self.failed_at > limit and self.living():
             self.order(b"kill", self.living(), "peer")
             self.failed_at = now
         self.dismiss(now)
@@ -849,11 +859,11 @@ class Launcher:
             why = "" if self.head else answers(self.endpoint)
             hint = "see the log of the nodes that did not come: `orch logs --node NODE`"
             if why:
-                where += f", which does not answer here: {why};"
-                hint = "is the head's container up, and port {} open between the nodes? (`run.port`)".format(
-                    self.job["port"]
+                hint = (
+                    f"is the head's container up, and port {self.job['port']} (`run.port`) open to this node?"
                 )
-            self.refused = Refused(1, f"{where} did not come together within {limit} s", hint)
+                why = f": it does not answer here ({why})"
+            self.refused = Refused(1, f"{where} did not come together within {limit} s{why}", hint)
             self.kill_agent()
         elif waited >= 15 * self.notices:
             self.notices += 1
@@ -968,7 +978,7 @@ class Launcher:
             error = errors[first.rank]
             reason = first.missing
             hint = hint_for(first, error)
-            why = " (rank {}: {}: {})".format(first.rank, error["type"], error["message"])
+            why = " (rank {}: {}: {})".format(first.rank, error["type"], error["message"][:300])
         else:
             why = f" ({reason})" if reason else ""
         self.log.say(self.mask(f"finished: {state}{why}"))
@@ -989,12 +999,15 @@ class Launcher:
             for rank in ranks
         ]
         path = os.path.join(self.folder, "result.json")
-        with open(path + ".new", "w", encoding="utf-8", errors="replace") as file:
-            json.dump(self.mask(result), file, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(path + ".new", path)
+        try:
+            with open(path + ".new", "w", encoding="utf-8", errors="replace") as file:
+                json.dump(self.mask(result), file, ensure_ascii=False)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(path + ".new", path)
+        except OSError as error:  # the exit code is all that can still be told
+            print(f"launch.py: {path}: {error}", file=sys.stderr)
         return code
 
     def mask(self, value):

@@ -7,17 +7,20 @@ and its inventory in `<project>/inventory/<name>.yaml`.
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TextIO
 
 from orchestrator.errors import OrchError, PreflightError, UsageError
-from orchestrator.sim import assets, compose, engine, health, image, keys, machine, plugins
-from orchestrator.sim.compose import LABEL, LABEL_PROJECT, Layout
-from orchestrator.sim.process import Say, docker, run, say
+from orchestrator.sim import assets, compose, engine, health, image, keys, machine, objects, plugins
+from orchestrator.sim.compose import LABEL, Layout
+from orchestrator.sim.process import Say, docker, run, say, wait_until
 
 KEY = "id_ed25519"
 
@@ -92,10 +95,12 @@ def up(
     project = (project or Path.cwd()).resolve()
     _check_arguments(nodes, name, registry_port)
     engine.ensure_engine(say)
-    plugins.ensure_plugins(say)
-    _check_owner(name, project)
+    objects.check_owner(name, project)
     with _locked(name):
         old = _stored(name, project)
+        if old is None and objects.remove_objects(name, volumes=False):
+            # Their key and addresses went with the state folder; the disks are taken over.
+            say(f"cluster {name} was left without its state folder: containers and network are made anew")
         wanted = _wanted(old, nodes, name, project, shared, registry_port, say)
         cluster = Cluster(wanted, project)
         if wanted != old or not _all_running(cluster):
@@ -116,45 +121,38 @@ def _check_arguments(nodes: int, name: str, registry_port: int) -> None:
 
 
 @contextmanager
-def _locked(name: str) -> Iterator[None]:
-    """One `up` or `down` of a cluster at a time. Raises DeadlineError after ten minutes."""
+def _locked(name: str, *, last: bool = False) -> Iterator[None]:
+    """One `up` or `down` of a cluster at a time; with `last`, the lock's file goes too.
+
+    Raises DeadlineError after ten minutes.
+    """
     path = machine.state_dir() / f"sim-{name}.lock"
-    with path.open("w") as file:
+    held: list[TextIO] = []
+
+    def taken() -> bool:
+        import fcntl
+
+        file = path.open("w")
         try:
-            import fcntl
-        except ImportError:  # Windows: two at once are the user's own business there
-            yield
-            return
-        from orchestrator.sim.process import wait_until
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder before us may have removed the file: then this lock is on nothing that others see.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                held.append(file)
+        except BlockingIOError:
+            pass
+        if not held:
+            file.close()
+        return bool(held)
 
-        def taken() -> bool:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            return True
-
+    if os.name == "posix":  # elsewhere two at once are the user's own business
         wait_until(taken, f"the end of another `orch sim` command on cluster {name}", deadline=600)
+    try:
         yield
-
-
-def _objects(kind: str, name: str) -> list[str]:
-    """Names of the cluster's containers, networks or volumes on the engine."""
-    field = "{{.Names}}" if kind == "container" else "{{.Name}}"
-    listing = ["-a"] if kind == "container" else []
-    return docker(kind, "ls", *listing, "--filter", f"label={LABEL}={name}", "--format", field).stdout.split()
-
-
-def _check_owner(name: str, project: Path) -> None:
-    """Two checkouts may not pull one cluster's containers from under each other. Raises UsageError."""
-    form = f'{{{{.Label "{LABEL_PROJECT}"}}}}'
-    asked = docker("ps", "-a", "--filter", f"label={LABEL}={name}", "--format", form).stdout.splitlines()
-    for owner in {line for line in asked if line}:
-        if Path(owner) != project and Path(owner).exists():
-            raise UsageError(
-                f"the simulated cluster {name!r} belongs to the project in {owner}",
-                hint=f"use --name for a second one, or run `orch sim down --name {name}` there first",
-            )
+        if last:
+            path.unlink(missing_ok=True)
+    finally:
+        for file in held:
+            file.close()
 
 
 def _stored(name: str, project: Path) -> Layout | None:
@@ -181,6 +179,7 @@ def _wanted(
     ready = image.base.has_image(tag)
     needed = engine.DISK_NEEDED_WARM if ready else engine.DISK_NEEDED
     engine.check_machine(Path(about.root or "/"), needed, None if about.reachable else about.memory)
+    plugins.ensure_plugins(say)
     image.ensure_node_image(say)
     subnet = old.subnet if old else _free_subnet()
     port = registry_port or (old.registry_port if old else _free_port())
@@ -205,15 +204,9 @@ def _free_subnet() -> str:
     form = "{{range .IPAM.Config}}{{.Subnet}} {{end}}"
     used = docker("network", "inspect", "--format", form, *ids, check=False).stdout.split() if ids else []
     if machine.is_linux():
-        routes = run(["ip", "-4", "-o", "route"], check=False).stdout.splitlines() if _has("ip") else []
+        routes = run(["ip", "-4", "-o", "route"], check=False).stdout.splitlines() if shutil.which("ip") else []
         used += [line.split()[0] for line in routes if line[:1].isdigit()]
     return compose.free_subnet(used)
-
-
-def _has(program: str) -> bool:
-    import shutil
-
-    return shutil.which(program) is not None
 
 
 def _all_running(cluster: Cluster) -> bool:
@@ -223,51 +216,48 @@ def _all_running(cluster: Cluster) -> bool:
 
 def _start(cluster: Cluster, old: Layout | None, say: Say) -> None:
     layout = cluster.layout
-    if old and not compose.same_but_size(old, layout):
-        # A changed network or image means new containers; volumes, and so the nodes' files, stay.
-        _remove_containers(cluster.name)
-    _check_port(cluster)
+    plugins.ensure_plugins(say)
+    if old:
+        replaced = not compose.same_nodes(old, layout)
+        _check_idle(old, set(old.node_names) if replaced else set(old.node_names) - set(layout.node_names))
+        if replaced:
+            # Containers of another image or network are made anew; volumes, and so the nodes' files, stay.
+            objects.remove_containers(cluster.name)
+        elif old.registry_port != layout.registry_port:
+            docker("rm", "-f", layout.container(compose.REGISTRY), check=False)
+    objects.check_port(layout.registry_port, layout.container(compose.REGISTRY), "--registry-port")
     say(f"starting {layout.nodes} node{'s' * (layout.nodes > 1)} and a registry ({layout.prefix})")
     file = cluster.state / "compose.yaml"
     file.write_text(json.dumps(compose.document(layout), indent=2) + "\n")  # JSON is YAML
     argv = ["compose", "-p", layout.prefix, "-f", str(file), "up", "-d", "--remove-orphans", "--no-build"]
+    # --no-recreate: what has to be replaced is gone by now, and compose shall not find reasons of its own.
     try:
-        docker(*argv, "--pull", "never", timeout=180, what=f"start cluster {cluster.name}")
+        docker(*argv, "--no-recreate", "--pull", "never", timeout=180, what=f"start cluster {cluster.name}")
     except OrchError as error:
         error.hint = error.hint or f"`orch sim down --name {cluster.name}` clears what was half started"
         raise
-    _remove_surplus_volumes(layout)
+    objects.remove_surplus_volumes(layout)
     (cluster.state / "cluster.json").write_text(json.dumps(asdict(layout), indent=2) + "\n")
 
 
-def _remove_surplus_volumes(layout: Layout) -> None:
-    """The volumes of nodes that the cluster has no more: a node that comes back later starts afresh."""
-    kept = {volume["name"] for volume in compose.document(layout)["volumes"].values()}
-    surplus = [name for name in _objects("volume", layout.name) if name not in kept]
-    if surplus:
-        docker("volume", "rm", *surplus, check=False, timeout=60)
+def _check_idle(old: Layout, nodes: set[str]) -> None:
+    """Nodes are not replaced or removed under a run. Raises PreflightError, naming what runs where."""
+    running = docker("ps", "--filter", f"label={LABEL}={old.name}", "--format", "{{.Names}}").stdout.split()
 
+    def busy(node: str) -> str:
+        if old.container(node) not in running:
+            return ""
+        argv = ["exec", old.container(node), "docker", "ps", "--format", "{{.Names}}"]
+        return " ".join(docker(*argv, check=False, timeout=20).stdout.split())
 
-def _check_port(cluster: Cluster) -> None:
-    """Raises PreflightError if somebody else listens where the registry is to be published."""
-    port, registry = cluster.layout.registry_port, cluster.layout.container(compose.REGISTRY)
-    form = "{{.Names}} {{.Ports}}"
-    for line in docker("ps", "--filter", f"publish={port}/tcp", "--format", form).stdout.splitlines():
-        if line.split()[0] == registry:
-            return
+    order = sorted(nodes, key=lambda node: int(node[1:]))
+    found = {node: names for node, names in zip(order, health.each(order, busy), strict=True) if names}
+    if found:
+        listing = ", ".join(f"{names} on {node}" for node, names in found.items())
         raise PreflightError(
-            f"port {port} for the registry is taken by the container {line.split()[0]}",
-            hint="choose another with --registry-port (0 takes any free one)",
+            f"cluster {old.name} would have to replace or remove nodes on which containers run: {listing}",
+            hint=f"wait for them or `orch stop` them first; `orch sim down --name {old.name}` ends everything",
         )
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise PreflightError(
-                f"port {port} for the registry is taken on this machine ({error.strerror})",
-                hint="choose another with --registry-port (0 takes any free one)",
-            ) from error
 
 
 def _write_access(cluster: Cluster, host_keys: dict[str, str]) -> None:
@@ -312,55 +302,26 @@ def down(name: str = "sim", volumes: bool = True, project: Path | None = None, s
     """
     project = (project or Path.cwd()).resolve()
     _check_arguments(1, name, 1)
-    cluster_state = project / ".orch" / name
-    had = cluster_state.exists()
-    if engine.answers():
-        _check_owner(name, project)
-        with _locked(name):
-            had = _remove_objects(name, volumes) or had
-    (project / "inventory" / f"{name}.yaml").unlink(missing_ok=True)
-    if volumes and cluster_state.exists():
-        import shutil
-
-        shutil.rmtree(cluster_state)
-        _remove_if_empty(cluster_state.parent)
+    had = (project / ".orch" / name).exists()
+    with _locked(name, last=True):
+        if engine.answers():
+            objects.check_owner(name, project)
+            had = objects.remove_objects(name, volumes) or had
+        elif had:
+            say("no Docker engine answers: only files are removed; run this again once it does")
+        _remove_files(name, project, volumes)
     say(f"cluster {name} is gone" if had else f"there was no cluster {name}")
     return had
 
 
-def _remove_objects(name: str, volumes: bool) -> bool:
-    found = _remove_containers(name)
-    for kind in ("network", *(("volume",) if volumes else ())):
-        names = _objects(kind, name)
-        if names:
-            docker(kind, "rm", *names, timeout=60, what=f"remove the {kind}s of cluster {name}")
-            found = True
-    return found
-
-
-def _remove_containers(name: str) -> bool:
-    names = _objects("container", name)
-    if names:
-        docker("rm", "-f", *names, timeout=120, what=f"remove the containers of cluster {name}")
-        _remove_cgroups(name)
-    return bool(names)
-
-
-def _remove_cgroups(name: str) -> None:
-    """The empty cgroups that killed engines left below the host's (Linux without private cgroups)."""
-    roots = [*Path("/sys/fs/cgroup").glob(f"orch-{name}-n*"), *Path("/sys/fs/cgroup").glob(f"*/orch-{name}-n*")]
-    for root in roots:
-        for folder in [*sorted((path for path in root.rglob("*") if path.is_dir()), reverse=True), root]:
-            try:
-                folder.rmdir()
-            except OSError:
-                break
+def _remove_files(name: str, project: Path, state: bool) -> None:
+    (project / "inventory" / f"{name}.yaml").unlink(missing_ok=True)
+    if state:
+        shutil.rmtree(project / ".orch" / name, ignore_errors=True)
+    for folder in ("inventory", ".orch"):
+        _remove_if_empty(project / folder)
 
 
 def _remove_if_empty(folder: Path) -> None:
-    try:
+    with suppress(OSError):
         folder.rmdir()
-    except OSError:
-        pass
-
-

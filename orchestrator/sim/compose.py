@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,9 +81,7 @@ def document(layout: Layout) -> dict[str, Any]:
         {
             "name": layout.prefix,
             "services": services,
-            "networks": {
-                "default": {"name": f"{layout.prefix}-net", "labels": labels, "ipam": {"config": [subnet]}}
-            },
+            "networks": {"default": {"name": f"{layout.prefix}-net", "labels": labels, "ipam": {"config": [subnet]}}},
             "volumes": {name: {"name": f"{layout.prefix}-{name}", "labels": labels} for name in names},
         }
     )
@@ -171,7 +169,8 @@ def known_hosts(layout: Layout, host_keys: Mapping[str, str]) -> str:
     return "".join(lines)
 
 
-def same_but_size(old: Layout, new: Layout) -> bool:
-    """Whether `new` differs from `old` at most in the number of nodes (a cluster that grows or shrinks)."""
-    fields: Sequence[str] = ("image", "subnet", "registry_port", "authorized_key", "privileged", "shared")
-    return all(getattr(old, name) == getattr(new, name) for name in fields)
+def same_nodes(old: Layout, new: Layout) -> bool:
+    """Whether the nodes that both have can stay as they are (a cluster that grows, shrinks, moves its registry)."""
+    fields = ("image", "subnet", "authorized_key", "privileged", "shared", "project")
+    ports = all(new.ssh_ports.get(node) == port for node, port in old.ssh_ports.items() if node in new.node_names)
+    return ports and all(getattr(old, name) == getattr(new, name) for name in fields)

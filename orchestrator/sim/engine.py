@@ -70,9 +70,7 @@ def ensure_engine(say: Say = say) -> None:
             hint="start it, or unset DOCKER_HOST to use an engine on this machine",
         )
     if not machine.is_linux():
-        raise PreflightError(
-            "no Docker engine answers", hint="install and start Docker Desktop, then run this again"
-        )
+        raise PreflightError("no Docker engine answers", hint="install and start Docker Desktop, then run this again")
     if not machine.may_install():
         raise PreflightError("no Docker engine answers", hint=_install_hint())
     check_machine(Path("/var/lib/docker"), DISK_NEEDED)
@@ -160,6 +158,8 @@ def start_by_hand(argv: Sequence[str], *, root: str, run_dir: str, log: Path, re
         child = subprocess.Popen(
             list(argv), stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
+    # Right after exec the kernel shows no arguments yet; by them the process is recognized later.
+    wait_until(lambda: bool(_cmdline(child.pid)) or child.poll() is not None, "dockerd's start", deadline=5, every=0.01)
     started = Started(child.pid, _start_time(child.pid) or 0, tuple(argv), root, run_dir, str(log))
     record.write_text(json.dumps(asdict(started)))
     return started
@@ -193,6 +193,7 @@ def stop_ours(record: Path | None = None, say: Say = say) -> bool:
         for point in mounts_below((ours.root, ours.run_dir), Path("/proc/self/mounts").read_text()):
             run(["umount", "-l", point], check=False, timeout=20)
     record.unlink(missing_ok=True)
+    Path(ours.log).unlink(missing_ok=True)
     return running
 
 

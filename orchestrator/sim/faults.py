@@ -141,7 +141,7 @@ def small_disk(cluster: Cluster, node: str, path: str, megabytes: int = 64) -> N
     Containers that were started before do not see it.
     """
     options = f"size={int(megabytes)}m,mode=0755,uid=1000,gid=1000"
-    script = f'install -d -o orch -g orch "$1" && mount -t tmpfs -o {options} orch-small "$1"'
+    script = f'runuser -u orch -- mkdir -p "$1" && mount -t tmpfs -o {options} orch-small "$1"'
     health.inside(cluster, node, "sh", "-c", script, "sh", path)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.errors import PreflightError
-from orchestrator.sim import engine, health, image, plugins
+from orchestrator.sim import engine, health, image, objects, plugins
 from orchestrator.sim.process import Say, docker, say, wait_until
 
 CONTAINER = "orch-registry"
@@ -18,18 +17,11 @@ def up(port: int = 5001, say: Say = say) -> str:
     plugins.ensure_plugins(say)
     name = image.ensure_node_image(say)
     if _published() != port:
+        objects.check_port(port, CONTAINER, "--port")  # before the one that runs elsewhere is given up
         docker("rm", "-f", CONTAINER, check=False)
         argv = ["run", "-d", "--name", CONTAINER, "--init", "--restart", "unless-stopped"]
         argv += ["--label", "orch.registry=1", "--publish", f"127.0.0.1:{port}:5000"]
-        started = docker(*argv, "--volume", f"{CONTAINER}:/var/lib/registry", name, "registry", check=False)
-        if started.returncode:
-            docker("rm", "-f", CONTAINER, check=False)
-            reason = started.stderr.strip().splitlines()[-1:] or ["no reason given"]
-            taken = "already" in reason[0] or "in use" in reason[0]
-            raise PreflightError(
-                f"the registry could not be started on port {port}: {reason[0]}",
-                hint="choose another with --port" if taken else None,
-            )
+        docker(*argv, "--volume", f"{CONTAINER}:/var/lib/registry", name, "registry", what="start the registry")
     hint = f"docker logs {CONTAINER}"
     wait_until(lambda: health.registry_answers(port), f"the registry on port {port}", deadline=30, hint=hint)
     return f"localhost:{port}"

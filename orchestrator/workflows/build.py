@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +18,6 @@ from orchestrator.progress import PushProgress
 from orchestrator.specs import ImageRef
 
 if TYPE_CHECKING:
-    from docker import DockerClient
-
     from orchestrator.config import Config
     from orchestrator.config.schema import Target
 
@@ -48,7 +48,7 @@ def variant(config: Config, target: Target | None = None) -> str:
     """`cpu` or `cuda`: image.variant, else what the target's GPUs say.
 
     A target with `gpus: 0` gets the small CPU image; where nothing is said of GPUs the image has CUDA, which
-    trains on a CPU as well. Without a target given and with none as default, all targets have to agree on the CPU.
+    trains on a CPU as well. With no target given and none as default, all targets have to agree on the CPU.
     """
     if config.image.variant:
         return config.image.variant
@@ -101,7 +101,7 @@ def ensure_image(
     target: Target | None = None,
     report: Report = lambda _line: None,
 ) -> ImageRef:
-    """The image of `config`, built and pushed if it was not there yet, pinned by digest. See `build_image`."""
+    """The image of `config`, built and pushed if it was not there, pinned by digest. See `build_image`."""
     return build_image(config, push=push, build=build, target=target, report=report).image
 
 
@@ -116,7 +116,7 @@ def build_image(
 ) -> BuildResult:
     """Does what is left to do: nothing if the registry has the content tag, a push if only the engine has it.
 
-    `build=False` refuses to build; `force` builds and pushes in any case (for a base image that has moved on).
+    `build=False` refuses to build; `force` builds and pushes in any case (for a base that has moved on).
     Raises UsageError (`build=False` and no image), BuildError, RegistryError, ConfigError.
     """
     started = time.monotonic()
@@ -127,18 +127,20 @@ def build_image(
     found = registry.digest(plan.image) if push else None
     if found and not force:
         return BuildResult(_pinned(plan.image, found), False, False, time.monotonic() - started)
-    client = registry.engine()
-    try:
-        built = force or not registry.has_image(client, plan.image.tagged)
-        if built:
-            if not build:
-                raise UsageError(
-                    f"the image {plan.image.tagged} has not been built", hint="`orch build`, or leave out --no-build"
-                )
-            _build(config, plan, client, report, force=force)
-        digest = _push(client, plan.image, report) if push else None
-    finally:
-        client.close()
+    deps = plan.deps.tag if plan.deps else ""
+    here = image.present(plan.image.tagged, image.DEFAULT_BASE, image.LOCAL_BASE, *filter(None, [deps]))
+    built = force or plan.image.tagged not in here
+    if built:
+        if not build:
+            raise UsageError(
+                f"the image {plan.image.tagged} has not been built",
+                hint="`orch build`, or leave out --no-build",
+            )
+        if push:
+            # The SDK that pushes takes a while to load; do it while buildx works.
+            threading.Thread(target=importlib.import_module, args=("docker",), daemon=True).start()
+        _build(config, plan, here & {image.DEFAULT_BASE, image.LOCAL_BASE} if force else here, report)
+    digest = _push(plan.image, report) if push else None
     return BuildResult(_pinned(plan.image, digest), built, push, time.monotonic() - started)
 
 
@@ -157,32 +159,27 @@ def _as_is(text: str, report: Report) -> ImageRef:
     return _pinned(ref, found)
 
 
-def _build(config: Config, plan: image.BuildPlan, client: DockerClient, report: Report, *, force: bool) -> None:
+def _build(config: Config, plan: image.BuildPlan, here: set[str], report: Report) -> None:
+    """Builds what of `plan` is not `here` in the engine."""
     section = config.image
     sources = packages.discover_sources(
         os.environ, ca_bundle=section.ca_bundle, index_url=section.index_url, wheels=section.wheels
     )
-    if section.base is None and plan.deps:
-        plan = plan.on_base(_base(client))
+    if section.base is None and image.DEFAULT_BASE not in here and image.LOCAL_BASE in here:
+        plan = plan.on_base(image.LOCAL_BASE)
     for note in plan.notes:
         report(note)
-    if plan.deps and (force or not registry.has_image(client, plan.deps.tag)):
+    if plan.deps and plan.deps.tag not in here:
         report(f"building the layers below the code ({plan.deps.tag}) on {plan.base}")
         image.build(plan.deps, sources)
     report(f"building {plan.image.tagged}")
     image.build(plan.code, sources)
 
 
-def _base(client: DockerClient) -> str:
-    """The default base image; the one made from packages where only that is on this machine."""
-    substitute = not registry.has_image(client, image.DEFAULT_BASE) and registry.has_image(client, image.LOCAL_BASE)
-    return image.LOCAL_BASE if substitute else image.DEFAULT_BASE
-
-
-def _push(client: DockerClient, ref: ImageRef, report: Report) -> str:
+def _push(ref: ImageRef, report: Report) -> str:
     report(f"pushing {ref.tagged}")
     with PushProgress(report) as progress:
-        return registry.push(client, ref, progress)
+        return registry.push(ref, progress)
 
 
 def _pinned(ref: ImageRef, digest: str | None) -> ImageRef:
@@ -192,5 +189,3 @@ def _pinned(ref: ImageRef, digest: str | None) -> ImageRef:
 def _state() -> Path:
     """The operator's state folder."""
     return Path(os.environ.get("ORCH_STATE") or Path.home() / ".local/state/orch")
-
-

@@ -37,11 +37,11 @@ def start(backend: Backend, plan: Plan, history: History, notify: Notify, *, tar
     history.record(record)
     try:
         backend.submit(plan, notify)
-    except Interrupted as error:
-        history.update(found.run.at(RunState.STOPPED, exit_code=error.exit_code, ended=time.time()))
-        raise
-    except OrchError as error:
-        history.update(found.run.at(RunState.FAILED, exit_code=error.exit_code, ended=time.time()))
+    except BaseException as error:  # also a KeyboardInterrupt, or a bug: the row must not stay `pending`
+        interrupted = isinstance(error, (Interrupted, KeyboardInterrupt))
+        code = error.exit_code if isinstance(error, OrchError) else 130 if interrupted else 1
+        state = RunState.STOPPED if interrupted else RunState.FAILED
+        history.update(found.run.at(state, exit_code=code, ended=time.time()))
         raise
     running = Found(found.run.at(RunState.RUNNING), found.dirs, found.operator)
     history.update(running.run)

@@ -63,7 +63,7 @@ def diagnose(run: str, results: Mapping[str, NodeResult | OrchError]) -> Diagnos
     complaints = [each for node, result in results.items() for each in _complaints(node, result)]
     if not complaints:
         return None
-    first = min(complaints, key=lambda each: (each.victim, each.time_ns))
+    first = min(complaints, key=lambda each: (each.victim, each.time_ns, each.node, each.rank or 0))
     others = [each for each in complaints if each is not first]
     return Diagnosis(
         run=run,
@@ -94,12 +94,14 @@ def _complaints(node: str, result: NodeResult | OrchError) -> list[_Complaint]:
     own = result.reason and not found
     if own or (result.reason and result.state is RunState.LOST):
         lines = next((rank.last_lines for rank in result.ranks if rank.rank < 0), ())
-        when = (result.ended_ns or _LATE) - offset
+        when = _moment(result.ended_ns, offset)
         victim = bool(VICTIM.search(result.reason)) and result.state is not RunState.LOST
         found.append(_Complaint(node, None, "", result.reason, lines, when, victim, result.hint))
     if not found:
         found.append(
-            _Complaint(node, None, "", f"ended with exit code {result.exit_code}", (), result.ended_ns - offset, True)
+            _Complaint(
+                node, None, "", f"ended with exit code {result.exit_code}", (), _moment(result.ended_ns, offset), True
+            )
         )
     return found
 
@@ -107,21 +109,27 @@ def _complaints(node: str, result: NodeResult | OrchError) -> list[_Complaint]:
 _LATE = 2**63
 
 
+def _moment(time_ns: int, offset: int) -> int:
+    """A node's time on the operator's clock; an unknown one comes after all others."""
+    return time_ns - offset if time_ns else _LATE
+
+
 def _rank_complaint(node: str, rank: RankResult, offset: int) -> _Complaint:
+    """The launcher gives every rank that ended by itself an error; one without was told to end, so it is a victim."""
     error = rank.error
-    when = ((error.time_ns if error else 0) or rank.ended_ns or _LATE) - offset
+    when = _moment((error.time_ns if error else 0) or rank.ended_ns, offset)
     if error:
         lines = tuple(error.traceback.splitlines()) or rank.last_lines
         victim = bool(VICTIM.search(f"{error.type}: {error.message}")) or _ended_by_us(rank, error.type)
         return _Complaint(node, rank.rank, error.type, error.message, lines, when, victim)
     code = rank.exit_code or 0
     message = f"killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    return _Complaint(node, rank.rank, "", message, rank.last_lines, when, _ended_by_us(rank, ""))
+    return _Complaint(node, rank.rank, "", message, rank.last_lines, when, True)
 
 
 def _ended_by_us(rank: RankResult, kind: str) -> bool:
     """torchrun ends the neighbours of a failed rank with SIGTERM; that is no cause."""
-    return rank.exit_code in (-15, 143) and kind in ("", "Signal", "SignalException", "Terminated")
+    return rank.exit_code in (-15, 143) and kind in ("Signal", "SignalException", "Terminated")
 
 
 def _cause(first: _Complaint) -> str:
@@ -139,16 +147,16 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
         r"CUDA out of memory|OutOfMemoryError",
         "use a smaller micro-batch, shorter sequences or activation checkpointing",
     ),
-    (r"out of memory|oom", "give the job less to hold (smaller micro-batch, fewer workers) or a larger machine"),
+    (r"out of memory|\boom\b", "give the job less to hold (smaller micro-batch, fewer workers) or a larger machine"),
     (r"ModuleNotFoundError|No module named", "add the package to requirements.txt beside orch.yaml, then deploy again"),
     (r"not in the image", "check the path; the image holds what git lists and .dockerignore lets through"),
     (r"No space left|ENOSPC", "free disk on that node: `orch prune`, `docker image prune`"),
-    (r"Address already in use|EADDRINUSE|port .*taken", "end what listens there, or set another run.port in orch.yaml"),
+    (r"Address already in use|EADDRINUSE|\bport .*\btaken\b", "end what listens there, or set another run.port in orch.yaml"),
     (r"CUDA driver|no NVIDIA|nvidia", "check `nvidia-smi` there, or deploy with --gpus 0"),
-    (r"SIGKILL|signal 9", "often the kernel's out-of-memory killer: see `dmesg` there"),
+    (r"\bSIGKILL\b|\bsignal 9\b", "often the kernel's out-of-memory killer: see `dmesg` there"),
     (r"rendezvous", "check that the nodes reach each other: `orch nodes check`"),
-    (r"unknown (key|recipe)|ConfigError", "correct the key named above"),
-    (r"nan|inf loss|not finite", "lower the learning rate or look at the batch named above"),
+    (r"unknown (key|recipe)\b|ConfigError", "correct the key named above"),
+    (r"\bnan\b|\binf\b|not finite", "lower the learning rate or look at the batch named above"),
 )
 
 

@@ -46,6 +46,8 @@ def locate(prefix: str | None, config: Config, history: History, target: Target,
     try:
         record = history.find(prefix)
     except UsageError as missing:
+        if missing.lines:  # several runs begin so: the nodes would know no better
+            raise
         return _ask(prefix, config, target, inventory, missing)
     backend = backends.make(record.run.backend, config, record.nodes)
     return Located(found_of(record), record.nodes, backend, dict(record.spec), record.target)

@@ -121,7 +121,7 @@ class _StreamFile:
         """Reads what follows the archive. Raises RemoteError if the command failed."""
         while self.read(1 << 16):
             pass
-        if self._stream.returncode:
+        if self._stream.returncode != 0:
             why = (self._stream.stderr.strip().splitlines() or ["nothing to fetch"])[-1]
             raise RemoteError(f"fetching failed: {why}", node=self._node)
 

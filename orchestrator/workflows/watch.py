@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from orchestrator.backends.base import Backend, Found
-from orchestrator.errors import OrchError, UnreachableError
+from orchestrator.errors import DeadlineError, OrchError, UnreachableError
 from orchestrator.specs import Node, NodeResult, RunState
 
 HEARTBEAT_S = 6.0
@@ -22,6 +22,8 @@ LOST_S = 45.0
 """Time that a node may stay unreachable before it counts as lost."""
 GRACE_AFTER_FAILURE_S = 1.0
 """How long the other nodes may go on after the first failure, so that they say why themselves."""
+GRACE_AFTER_STOP_S = 30.0
+"""The same after a node that was stopped or preempted: the others may still be writing a checkpoint."""
 KILL_AFTER_S = 4.0
 """Time after the request to die until the containers are ended from outside."""
 
@@ -34,6 +36,9 @@ class Timing:
     lost: float = LOST_S
     grace: float = GRACE_AFTER_FAILURE_S
     kill: float = KILL_AFTER_S
+    graceful: float = GRACE_AFTER_STOP_S
+    pause: float = 0.5
+    """Seconds between two attempts to reach a node."""
 
 
 class Watch:
@@ -48,10 +53,11 @@ class Watch:
         *,
         stop_others: bool = True,
         timing: Timing = Timing(),
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.results: dict[str, NodeResult] = {}
         self._backend, self._found, self._nodes, self._notify = backend, found, nodes, notify
-        self._stop_others, self._timing = stop_others, timing
+        self._stop_others, self._timing, self._clock = stop_others, timing, clock
         self._ended: queue.SimpleQueue[tuple[Node, NodeResult]] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._failed_at: float | None = None
@@ -87,16 +93,16 @@ class Watch:
         if result.state is RunState.SUCCEEDED:
             return
         if self._failed_at is None:
-            self._failed_at = time.monotonic()
+            self._failed_at = self._clock()
             self.failed_node = node.name
             if result.state in (RunState.FAILED, RunState.LOST) and not self.done and self._stop_others:
-                self._notify(node.name, f"{result.state}: {result.reason or 'see below'}; stopping the other nodes")
+                self._notify(node.name, f"{result.state}{_why(result)}; stopping the other nodes")
 
     def _end_others(self) -> None:
-        now, timing = time.monotonic(), self._timing
+        now, timing = self._clock(), self._timing
         first = self.results[self.failed_node] if self.failed_node else None
         graceful = first is not None and first.state in (RunState.PREEMPTED, RunState.STOPPED)
-        grace = 30.0 if graceful else timing.grace
+        grace = timing.graceful if graceful else timing.grace
         if self._kill_asked_at is None and now - self._failed_at > grace:
             self._kill_asked_at = now
             self._in_background(lambda: self._backend.stop(self._found, self._left(), kill=True))
@@ -114,29 +120,30 @@ class Watch:
     # -- one node -----------------------------------------------------------------------------
 
     def _follow(self, node: Node, index: int) -> None:
-        lost_since: float | None = None
+        outage = _Outage()
         while not self._closing.is_set():
             try:
-                result = self._listen(node, index)
+                result = self._listen(node, index, outage)
                 if result:
                     self._ended.put((node, result))
                     return
-                lost_since = None
-            except UnreachableError as error:
-                now = time.monotonic()
-                if lost_since is None:
-                    lost_since = now
+            except (UnreachableError, DeadlineError) as error:
+                if outage.begin(self._clock()):
                     self._notify(node.name, f"not answering ({error.message}); trying for {self._timing.lost:.0f} s")
-                if now - lost_since > self._timing.lost:
+                if outage.seconds(self._clock()) > self._timing.lost:
                     self._ended.put((node, self._lost(node, index, error)))
                     return
             except OrchError as error:
                 self._ended.put((node, self._lost(node, index, error)))
                 return
-            self._closing.wait(0.5)
+            except Exception as error:  # a bug must not end a thread without a word: nobody would ever be done
+                wrapped = OrchError(f"watching it failed: {type(error).__name__}: {error}", node=node.name)
+                self._ended.put((node, self._lost(node, index, wrapped)))
+                return
+            self._closing.wait(self._timing.pause)
 
-    def _listen(self, node: Node, index: int) -> NodeResult | None:
-        """One connection's worth of heartbeats, and the report that follows them."""
+    def _listen(self, node: Node, index: int, outage: _Outage) -> NodeResult | None:
+        """One connection's worth of heartbeats, and the report that follows them; None if that is not the end."""
         stream = self._backend.watch(self._found, node)
         received = b""
         try:
@@ -145,8 +152,12 @@ class Watch:
                 if chunk is None:
                     raise UnreachableError(f"no heartbeat for {self._timing.heartbeat:.0f} s", node=node.name)
                 if chunk == b"":
-                    beats, newline, text = received.partition(b"\n")
-                    return self._backend.ended(text, node, index) if newline else None
+                    _, newline, text = received.partition(b"\n")
+                    if not newline:
+                        raise UnreachableError("the heartbeat ended without a report", node=node.name)
+                    return self._backend.ended(text, node, index)
+                if outage.end():
+                    self._notify(node.name, "answering again")
                 received = (received + chunk).lstrip(b".")
         finally:
             stream.close()
@@ -163,3 +174,34 @@ class Watch:
             hint=error.hint
             or "bring it back, then deploy again with the same --name to resume from the last checkpoint",
         )
+
+
+class _Outage:
+    """Since when a node has been silent; any sign of life ends it."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def begin(self, now: float) -> bool:
+        """True if it was answering until now."""
+        fresh = self._since is None
+        if fresh:
+            self._since = now
+        return fresh
+
+    def end(self) -> bool:
+        """True if it was silent until now."""
+        silent, self._since = self._since is not None, None
+        return silent
+
+    def seconds(self, now: float) -> float:
+        return 0.0 if self._since is None else now - self._since
+
+
+def _why(result: NodeResult) -> str:
+    """`: rank 3: ValueError`, as far as the node knows it itself."""
+    failed = [rank for rank in result.ranks if rank.error and rank.exit_code not in (-15, 143)]
+    first = min(failed, key=lambda rank: rank.error.time_ns, default=None)
+    if first and first.error:
+        return f": rank {first.rank}: {first.error.type}"
+    return f": {result.reason}" if result.reason else ""

@@ -322,6 +322,7 @@ def test_without_torchrun_the_command_is_kept_and_runs_once(project):
         ({"command": ["python"]}, "names nothing to run"),
         ({"recipe": "onw"}, "unknown recipe 'onw'; did you mean 'own'"),
         ({"recipe": "own", "launcher": "none"}, "a recipe needs torchrun"),
+        ({"recipe": "own", "launcher": "torchrn"}, "unknown launcher 'torchrn'; did you mean 'torchrun'?"),
         ({}, "nothing to run"),
         ({"recipe": "own", "sets": ["novalue"]}, "--set 'novalue' is not of the form key=value"),
         ({"recipe": "own", "sets": ["a b=1"]}, "is not a recipe's key"),

@@ -29,7 +29,7 @@ def test_every_kind_has_its_class():
     start, step, evaluation, checkpoint, beat, error, end = events.read(text)
     assert (start.world, start.host, start.versions) == (4, "n1", {"torch": "2"})
     assert (step.step, step.loss, step.grad_norm, step.extra) == (3, 2.0, None, {"later": "x"})
-    assert (evaluation.perplexity, evaluation.extra) == (2.7, {"tokens": 5})
+    assert (evaluation.perplexity, evaluation.tokens, evaluation.seconds) == (2.7, 5, None)
     assert checkpoint.path == "/c/step_3" and isinstance(beat, events.Heartbeat)
     assert error.to_rank_error() == RankError(3, "ValueError", "bad", "Traceback", 1_500_000_000)
     assert end.status == "failed"

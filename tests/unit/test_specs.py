@@ -115,7 +115,7 @@ def test_run_ids():
 @given(st.text())
 def test_safe_names_are_safe_and_stable(name):
     safe = safe_name(name)
-    assert re.fullmatch(r"[a-z0-9_.-]{1,40}", safe) and not safe.startswith((".", "-"))
+    assert re.fullmatch(r"[a-z0-9_.-]{1,80}", safe) and not safe.startswith((".", "-"))
     assert safe_name(safe) == safe
 
 

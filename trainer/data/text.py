@@ -38,8 +38,9 @@ def split(documents: list[str], share: float, seed: int) -> tuple[list[str], lis
 def _pydoc_topics(_: DataConfig) -> list[str]:
     """The chapters of Python's language reference that `help()` shows: real English prose, always there.
 
-    Chapters repeat parts of each other; a paragraph counts only where it comes first, so that the
-    held-out chapters hold nothing that was trained on.
+    Only prose is kept, one paragraph a line: no tables, grammars and program listings. Chapters repeat
+    parts of each other; a paragraph counts only where it comes first, so that the held-out chapters hold
+    nothing that was trained on.
     """
     from pydoc_data.topics import topics
 
@@ -47,12 +48,19 @@ def _pydoc_topics(_: DataConfig) -> list[str]:
     documents = []
     for name in sorted(topics):
         kept = []
-        for paragraph in topics[name].split("\n\n"):
-            if paragraph.strip() not in seen:
-                seen.add(paragraph.strip())
+        for block in topics[name].split("\n\n"):
+            paragraph = " ".join(block.split())
+            if _is_prose(paragraph) and paragraph not in seen:
+                seen.add(paragraph)
                 kept.append(paragraph)
-        documents.append("\n\n".join(kept).strip("\n"))
+        documents.append("\n".join(kept))
     return documents
+
+
+def _is_prose(paragraph: str) -> bool:
+    """Whether it ends like a sentence and is nearly all letters and spaces."""
+    letters = sum(character.isalpha() or character == " " for character in paragraph)
+    return paragraph.endswith((".", ":", "!", "?")) and letters >= 0.85 * len(paragraph)
 
 
 def _text_files(config: DataConfig) -> list[str]:

@@ -152,13 +152,17 @@ def test_of_chained_tracebacks_the_last_exception_counts_and_all_text_is_kept() 
 
 
 def test_the_exception_of_a_loader_worker_is_found() -> None:
-    text = PLAIN.replace("ValueError: bad: value", "KeyError: Caught KeyError in DataLoader worker process 0.")
+    text = PLAIN.replace(
+        "ValueError: bad: value", "KeyError: Caught KeyError in DataLoader worker process 0."
+    )
     found = find(text + "Original " + PLAIN.replace("ValueError: bad: value", "KeyError: 'text'"))
     assert (found["type"], found["message"]) == ("KeyError", "'text'")
 
 
 def test_a_syntax_error_has_no_header() -> None:
-    found = find('  File "/app/train.py", line 1\n    def f(\n         ^\nSyntaxError: \'(\' was never closed\n')
+    found = find(
+        "  File \"/app/train.py\", line 1\n    def f(\n         ^\nSyntaxError: '(' was never closed\n"
+    )
     assert (found["type"], found["message"]) == ("SyntaxError", "'(' was never closed")
 
 
@@ -172,4 +176,6 @@ def test_the_last_of_several_tracebacks_counts() -> None:
 
 
 def test_a_stack_dump_is_no_traceback() -> None:
-    assert find('Stack (most recent call last):\n  File "/a.py", line 1, in f\n    x()\nINFO: going on\n') == {}
+    assert (
+        find('Stack (most recent call last):\n  File "/a.py", line 1, in f\n    x()\nINFO: going on\n') == {}
+    )

@@ -1,9 +1,10 @@
-"""The few Go templates that `docker … --format` is given here, rendered as the Docker client does."""
+"""What the Docker client itself does, for the fake node: options, and the Go templates of `--format`."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Container, Mapping
 from typing import Any
 
 _ACTION = re.compile(r"\{\{-?\s*(.*?)\s*-?\}\}", re.DOTALL)
@@ -35,12 +36,9 @@ def _block(template: str, value: Any) -> tuple[str, str | None]:
             return "".join(out), template
         if words and words[0] in ("range", "if"):
             inner = _look(words[1], value)
-            items = (list(inner or []) if words[0] == "range" else [value] if inner else []) or [None]
-            skip = items == [None]
-            body = ""
-            for item in items:
-                body, rest = _block(template, item if not skip else value) if not skip else _skip(template)
-                out.append(body)
+            items = list(inner or []) if words[0] == "range" else [value] if inner else []
+            _, rest = _skip(template)
+            out += [_block(template, item)[0] for item in items]
             if rest is None:
                 raise TemplateError("unclosed action")
             template = rest
@@ -103,3 +101,75 @@ def show(value: Any) -> str:
     if isinstance(value, list):
         return "[" + " ".join(show(item) for item in value) + "]"
     return str(value)
+
+
+VALUES = frozenset(
+    [
+        *[
+            "name",
+            "entrypoint",
+            "network",
+            "ipc",
+            "pid",
+            "shm-size",
+            "mount",
+            "volume",
+            "user",
+            "label",
+            "env",
+            "env-file",
+        ],
+        *["gpus", "stop-timeout", "stop-signal", "cidfile", "workdir", "log-opt", "log-driver", "ulimit", "cap-add"],
+        *["device", "restart", "pull", "hostname", "security-opt", "memory", "cpus", "add-host", "group-add", "tmpfs"],
+    ]
+)
+"""The options of `docker create` that take a value."""
+
+FLAGS = frozenset(["init", "read-only", "privileged", "rm", "interactive", "tty", "detach", "quiet"])
+SHORT = {"v": "volume", "u": "user", "l": "label", "e": "env", "w": "workdir", "h": "hostname", "i": "interactive"}
+
+
+class Failure(Exception):
+    """Printed to standard error as it is; the exit code is 1 unless given."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def options(
+    args: list[str], value: Container[str], flag: Container[str], short: Mapping[str, str], *, stop: bool = False
+) -> tuple[dict[str, list[str]], list[str]]:
+    """({name: values}, positional arguments); with `stop`, options end at the first positional one."""
+    found: dict[str, list[str]] = {}
+    rest: list[str] = []
+    queue = list(args)
+    while queue:
+        arg = queue.pop(0)
+        if arg == "--":
+            return found, rest + queue
+        if not arg.startswith("-") or arg == "-":
+            rest.append(arg)
+            if stop:
+                return found, rest + queue
+            continue
+        if arg.startswith("--"):
+            name, equals, given = arg[2:].partition("=")
+            names = [name]
+        else:
+            # -aq are two flags; -fname=x and -n20 are one option with its value
+            letters, equals, given = arg[1:].partition("=")
+            if short.get(letters[:1]) in value and len(letters) > 1 and not equals:
+                letters, equals, given = letters[0], "=", letters[1:]
+            names = [short.get(letter, "-" + letter) for letter in letters]
+        for name in names:
+            if name in flag:
+                found.setdefault(name, []).append(given or "true")
+            elif name in value:
+                if not equals and not queue:
+                    raise Failure(f"flag needs an argument: --{name}", 125)
+                found.setdefault(name, []).append(given if equals else queue.pop(0))
+            else:
+                dashes = "shorthand flag: " if name.startswith("-") else "flag: --"
+                raise Failure(f"unknown {dashes}{name.lstrip('-')}", 125)
+    return found, rest
