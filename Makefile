@@ -10,7 +10,7 @@ HOST_STAMP := .venv/.orch-stamp
 TRAINER_STAMP := .venv-trainer/.orch-stamp
 export ORCH_TRAINER_PYTHON := $(CURDIR)/$(TRAINER)/python
 
-.PHONY: help setup setup-trainer demo clean-demo sim test unit contract integration lint bench engine
+.PHONY: help setup setup-trainer engine sim demo clean-demo test unit contract integration lint dry-run bench
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -19,11 +19,9 @@ setup: $(HOST_STAMP) ## the host's environment: the orch command in .venv/bin
 
 $(HOST_STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "orch needs Python 3.11 or newer: set PYTHON=python3.11")'
-	@$(PYTHON) -m venv .venv 2>/dev/null || { $(HOST_VENV_HELP); exit 1; }
+	@$(PYTHON) -m venv .venv || { echo "Python's venv is missing: sudo apt-get install python3-venv" >&2; exit 1; }
 	@$(HOST)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
-
-HOST_VENV_HELP = echo "python3 -m venv failed: install it with 'sudo apt-get install python3-venv'" >&2
 
 setup-trainer: $(TRAINER_STAMP) ## the trainer's environment: torch and the rest, as in the image
 
@@ -34,7 +32,7 @@ $(TRAINER_STAMP): images/requirements-cpu.txt
 	@touch $@
 
 engine: setup ## a Docker engine that answers, with buildx and compose
-	@$(HOST)/python -m orchestrator.sim engine
+	@$(HOST)/orch sim engine >/dev/null
 
 sim: setup ## a simulated cluster of NODES nodes
 	@$(HOST)/orch sim up --nodes $(NODES)
@@ -44,7 +42,7 @@ demo: sim ## build, push, deploy and follow a real multi-node training job
 	$(HOST)/orch deploy --nodes $(NODES) --gpus 0 --procs $(PROCS) --recipe demo
 
 clean-demo: setup ## remove all that `make demo` has made, the engine it started included
-	@$(HOST)/orch sim down --all
+	@$(HOST)/orch sim down --images --engine
 
 test: setup setup-trainer lint unit contract integration ## every test, the real cluster's included
 
@@ -62,6 +60,10 @@ integration: setup setup-trainer engine ## a real sshd, engine, registry and clu
 lint: setup ## style and the import contracts
 	@$(HOST)/ruff check orchestrator trainer tests benchmarks
 	@$(HOST)/lint-imports
+
+dry-run: setup-trainer ## every recipe on this machine's CPU: a few steps, save, load, evaluate
+	@for recipe in trainer/recipes/*.yaml; do \
+	  $(TRAINER)/python -m trainer run --config $$(basename $$recipe .yaml) --dry_run || exit $$?; done
 
 bench: setup sim ## side by side with the least a shell script can do; prints ratios
 	$(HOST)/python benchmarks/run.py

@@ -316,7 +316,7 @@ _SAFE = re.compile(r"[^a-z0-9_.-]+")
 
 def safe_name(name: str, limit: int = 80) -> str:
     """`name` as it may stand in a run id or a folder: lower case, `[a-z0-9_.-]`, at most `limit` characters."""
-    return _SAFE.sub("-", name.lower()).strip("-.")[:limit] or "run"
+    return _SAFE.sub("-", name.lower()).strip("-.")[:limit].rstrip("-.") or "run"
 
 
 def new_run_id(name: str, now: datetime | None = None, suffix: str | None = None) -> str:

@@ -52,21 +52,59 @@ def down(
     keep_disks: Annotated[
         bool, typer.Option("--keep-disks", help="Keep the nodes' disks, the registry's images and the keys.")
     ] = False,
-    images: Annotated[bool, typer.Option("--images", help="Also remove the node and base images built here.")] = False,
+    images: Annotated[
+        bool, typer.Option("--images", help="Also remove the images built here: nodes, bases, jobs, and the build cache.")
+    ] = False,
     engine: Annotated[
         bool, typer.Option("--engine", help="Also stop the Docker engine, if `orch sim up` started it by hand.")
     ] = False,
 ) -> None:
-    """Remove the cluster: containers, network, disks, keys, inventory. Nothing else is touched."""
+    """Remove the cluster: containers, network, disks, keys, inventory, and its runs in the history.
+
+    Nothing else is touched.
+    """
     from orchestrator.cli import output
     from orchestrator.sim import cluster, image
     from orchestrator.sim import engine as local_engine
 
+    if not keep_disks:
+        _forget_runs(_project() / "inventory" / f"{name}.yaml")
     cluster.down(name, not keep_disks, _project(), output.say)
     if images and local_engine.answers():
         image.remove_images()
     if engine and not local_engine.stop_ours(say=output.say):
         output.say("no engine was started here by `orch sim up`: left alone")
+
+
+def _forget_runs(inventory: Path) -> None:
+    """The nodes go, and with them all that could be asked about their runs."""
+    from orchestrator.cli.state import state
+
+    history = state().history()
+    for record in history.list():
+        if record.inventory == str(inventory):
+            history.delete(record.run.id)
+
+
+@app.command()
+def engine(
+    stop: Annotated[bool, typer.Option("--stop", help="Stop it instead, if it was started here by hand.")] = False,
+) -> None:
+    """Make a Docker engine answer on this machine, with buildx and compose; `up` does this by itself.
+
+    Prints the base image that jobs are built on.
+    """
+    from orchestrator.cli import output
+    from orchestrator.sim import base, plugins
+    from orchestrator.sim import engine as local_engine
+
+    if stop:
+        if not local_engine.stop_ours(say=output.say):
+            output.say("no engine was started here: left alone")
+        return
+    local_engine.ensure_engine(output.say)
+    plugins.ensure_plugins(output.say)
+    print(base.ensure_base(base.JOB, output.say))
 
 
 @app.command()

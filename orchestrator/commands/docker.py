@@ -176,7 +176,7 @@ def kill(run_dir: str, grace: int) -> str:
     """
     return lines(
         f"id={container_id(run_dir)}",
-        f'docker stop --time {grace} "$id" >/dev/null 2>&1 || :',
+        f'docker stop -t {grace} "$id" >/dev/null 2>&1 || :',
         """if [ "$(docker inspect --format '{{.State.Status}}' "$id" 2>/dev/null)" = created ]; then """
         'docker rm "$id" >/dev/null 2>&1; fi',
         ":",

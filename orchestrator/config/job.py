@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from orchestrator.commands.torchrun import normalise
 from orchestrator.config.load import name_problem
 from orchestrator.config.schema import Config, Target
 from orchestrator.config.secrets import environment
@@ -20,8 +21,6 @@ from orchestrator.specs import ImageRef, JobSpec, Mount, Node, Secret, safe_name
 LAUNCHERS = ("torchrun", "none")
 _UNLIMITED = sys.maxsize
 _KEY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_0-9]\w*)*\Z")
-_PYTHON = re.compile(r"(?:.*/)?python(?:3(?:\.\d+)?)?\Z")
-_TORCHRUN = re.compile(r"(?:.*/)?torchrun\Z")
 
 
 def recipes(config: Config) -> dict[str, Path]:
@@ -167,7 +166,7 @@ def _command(
     if command:
         if overrides:
             raise UsageError("--set changes a recipe, but a command is run", hint="give the command its own options")
-        return _foreign(command, launcher), "signal"
+        return normalise(command, launcher), "signal"
     if recipe is None:
         raise UsageError(
             f"nothing to run: neither a recipe nor a command (recipes: {', '.join(sorted(recipes(config))) or 'none'})",
@@ -185,27 +184,6 @@ def _command(
     values |= overrides
     words = [f"{key}={value}" for key, value in values.items()]
     return ("-m", "trainer", "run", "--config", recipe_argument(config, recipe), *words), "file"
-
-
-def _foreign(command: tuple[str, ...], launcher: str) -> tuple[str, ...]:
-    """A user's command without the `python` or `torchrun` in front, which orch itself provides."""
-    for word in command:
-        if "\0" in word:
-            raise UsageError(f"the command holds a null byte: {word!r}")
-    if launcher == "none":
-        return command
-    words = list(command)
-    was_torchrun = bool(_TORCHRUN.match(words[0]))
-    if was_torchrun or _PYTHON.match(words[0]):
-        words = words[1:]
-    if was_torchrun and words and words[0].startswith("-") and words[0] != "-m":
-        raise UsageError(
-            f"torchrun's own option {words[0]!r} is set by orch",
-            hint="give only the script and its options; processes come from --nodes, --gpus, --procs",
-        )
-    if not words:
-        raise UsageError(f"the command {command[0]!r} names nothing to run", hint="for example -- train.py --lr 1e-4")
-    return tuple(words)
 
 
 def _gpus(gpus: int | None, target: Target, nodes: Sequence[Node]) -> int:

@@ -43,10 +43,13 @@ def allows_privileged(image: str, engine: str, say: Say = say) -> bool:
 
 
 def remove_images() -> None:
-    """Removes the node images and the base images that were built here."""
-    listed = docker("image", "ls", "-q", "--filter", "label=orch.node-image=1").stdout.split()
-    for name in [*listed, base.JOB.local, base.NODE.local]:
+    """Removes what was built here: the images of nodes and jobs, the base images, and the engine's build cache."""
+    listed = []
+    for label in ("orch.node-image=1", "orch.content"):
+        listed += docker("image", "ls", "-q", "--filter", f"label={label}").stdout.split()
+    for name in [*dict.fromkeys(listed), base.JOB.local, base.NODE.local]:
         docker("image", "rm", "-f", name, check=False, timeout=120)
+    docker("builder", "prune", "--force", check=False, timeout=300)
     (machine.state_dir() / "sim-privileged.json").unlink(missing_ok=True)
 
 

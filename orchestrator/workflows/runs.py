@@ -97,7 +97,8 @@ def _progress(located: Located, statuses: Mapping[str, object]) -> tuple[dict | 
             step = events.last_step(stream)
             kept = [event for event in stream if isinstance(event, events.Checkpoint)]
             row = {key: getattr(step, key) for key in ("step", "loss", "tokens_per_s")} if step else None
-            return row, tuple(f"{node.name}:{event.path}" for event in kept[-3:])
+            folder = f"{located.found.dir(node.name)}/checkpoints"
+            return row, tuple(f"{node.name}:{folder}/{event.path.rpartition('/')[2]}" for event in kept[-3:])
     return None, ()
 
 

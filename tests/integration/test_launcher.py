@@ -494,7 +494,7 @@ stop, flag = os.environ["ORCH_RUN_DIR"] + "/stop", torch.zeros(1)
 print("up", flush=True)
 while not flag[0]:
     flag[0] = os.path.exists(stop); dist.all_reduce(flag); time.sleep(0.02)
-time.sleep((1.5, 0, 2.5, 0)[rank])
+time.sleep((1.5, 0, 6, 0)[rank])  # longer than the head keeps the rendezvous
 print("saved", flush=True); os._exit(75)
 """
     nodes = pair(GLOO + code, stop="file")
@@ -510,6 +510,7 @@ print("saved", flush=True); os._exit(75)
 def test_a_rendezvous_that_does_not_come_together_ends_with_words(pair: Pair) -> None:
     head, other = pair("pass", rendezvous_timeout=17)
     assert other.start().wait(90) == 1
+    assert 17e9 <= other.result["ended_ns"] - other.result["started_ns"] < 30e9
     assert "did not come together within 17 s" in other.result["reason"]
     assert "it does not answer here" in other.result["reason"]
     assert any("waiting for the rendezvous at" in line and "since 15 s" in line for line in other.lines("-"))

@@ -319,7 +319,7 @@ def test_without_torchrun_the_command_is_kept_and_runs_once(project):
         ({"recipe": "own", "command": ["x.py"]}, "--recipe and a command after -- cannot both be given"),
         ({"command": ["x.py"], "sets": ["a=1"]}, "--set changes a recipe"),
         ({"command": ["torchrun", "--nnodes=2", "x.py"]}, "torchrun's own option '--nnodes=2'"),
-        ({"command": ["python"]}, "names nothing to run"),
+        ({"command": ["python"]}, "is no command"),
         ({"recipe": "onw"}, "unknown recipe 'onw'; did you mean 'own'"),
         ({"recipe": "own", "launcher": "none"}, "a recipe needs torchrun"),
         ({"recipe": "own", "launcher": "torchrn"}, "unknown launcher 'torchrn'; did you mean 'torchrun'?"),
