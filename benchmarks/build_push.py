@@ -41,7 +41,9 @@ def main() -> None:
     print(f"{'':24}{'orch build':>12}{'bare docker':>12}{'ratio':>8}{'more':>9}")
     for name, row in result.items():
         ratio = row["orch"] / row["docker"]
-        print(f"{name:24}{row['orch']:>10.2f} s{row['docker']:>10.2f} s{ratio:>8.2f}{row['orch'] - row['docker']:>7.2f} s")
+        print(
+            f"{name:24}{row['orch']:>10.2f} s{row['docker']:>10.2f} s{ratio:>8.2f}{row['orch'] - row['docker']:>7.2f} s"
+        )
 
 
 def _project(folder: Path, repository: str) -> Path:

@@ -83,9 +83,7 @@ def list_files(root: Path, *, exclude: Iterable[Path] = ()) -> list[str]:
     listed = _git_files(root)
     found = _walk(root, "") if listed is None else _expand(root, listed)
     return sorted(
-        path
-        for path in found
-        if not is_private(path) and not ignored(path) and f"{base}/{path}" not in left_out
+        path for path in found if not is_private(path) and not ignored(path) and f"{base}/{path}" not in left_out
     )
 
 
@@ -221,9 +219,7 @@ def _add_file(tar: tarfile.TarFile, info: tarfile.TarInfo, entry: Entry) -> None
         tar.addfile(info, io.BytesIO(entry.data))
         return
     assert entry.source is not None
-    changed = BuildError(
-        f"{entry.source} changed while the image was being built", hint="run the command again"
-    )
+    changed = BuildError(f"{entry.source} changed while the image was being built", hint="run the command again")
     try:
         with open(entry.source, "rb") as file:
             info.size = os.fstat(file.fileno()).st_size

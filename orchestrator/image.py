@@ -185,9 +185,7 @@ def _requirements(files: Path, variant: str) -> list[Entry]:
         if path.is_file():
             found.append(Entry.text(f"setup/requirements{suffix}.txt", path.read_bytes()))
     if not found:
-        raise BuildError(
-            f"there is no {files}/requirements-{variant}.txt", hint="image.variant is cpu or cuda"
-        )
+        raise BuildError(f"there is no {files}/requirements-{variant}.txt", hint="image.variant is cpu or cuda")
     return found
 
 
@@ -242,13 +240,9 @@ def present(*names: str) -> set[str]:
             buildx.inspect_argv(names), capture_output=True, text=True, timeout=_ENGINE_PATIENCE, check=False
         )
     except FileNotFoundError:
-        raise BuildError(
-            "docker is not installed on this machine", hint="install Docker, or Docker Desktop"
-        ) from None
+        raise BuildError("docker is not installed on this machine", hint="install Docker, or Docker Desktop") from None
     except subprocess.TimeoutExpired:
-        raise BuildError(
-            f"the Docker engine says nothing for {_ENGINE_PATIENCE:.0f} s", hint="restart it"
-        ) from None
+        raise BuildError(f"the Docker engine says nothing for {_ENGINE_PATIENCE:.0f} s", hint="restart it") from None
     unknown = [row for row in done.stderr.splitlines() if row.strip() and "no such image" not in row.lower()]
     if done.returncode and unknown:
         raise BuildError(f"no Docker engine answers: {unknown[-1]}", hint=buildx.advise(done.stderr))
@@ -292,9 +286,9 @@ def _builder(environ: Mapping[str, str]) -> str:
 
 
 def _failure(step: Build, code: int, output: str) -> BuildError:
+    if buildx.lacks_plugin(output):
+        return BuildError("docker has no buildx plugin on this machine", hint=buildx.advise(output))
     found = buildx.parse_failure(output)
     where = f" at [{found.step}]" if found.step else ""
     reason = found.reason or f"docker buildx ended with exit code {code}"
-    return BuildError(
-        f"the build of {step.tag} failed{where}: {reason}", hint=buildx.advise(output), lines=found.lines
-    )
+    return BuildError(f"the build of {step.tag} failed{where}: {reason}", hint=buildx.advise(output), lines=found.lines)

@@ -26,6 +26,11 @@ class Sources:
     ca_bundle: Path | None = None
     wheels: Path | None = None
 
+    @property
+    def default_only(self) -> bool:
+        """Whether packages come from pip's default index alone."""
+        return not (self.pip.index_url or self.pip.extra_index_urls or self.pip.find_links or self.packages)
+
     @cached_property
     def packages(self) -> tuple[Entry, ...]:
         """The files of the wheel folder, for mounting; unread until they are streamed."""
@@ -50,6 +55,7 @@ def discover_sources(
     *,
     ca_bundle: Path | None = None,
     index_url: str | None = None,
+    extra_index_url: str | None = None,
     wheels: Path | None = None,
 ) -> Sources:
     """What orch.yaml says of package sources, completed by what pip itself would use on this machine.
@@ -74,7 +80,9 @@ def discover_sources(
         wheels = next((path for path in folders if path.is_dir()), None)
     pip = PipSettings(
         index_url=index_url or _remote(found.get("index-url", "")),
-        extra_index_urls=tuple(filter(None, map(_remote, found.get("extra-index-url", "").split()))),
+        extra_index_urls=tuple(
+            filter(None, [extra_index_url, *map(_remote, found.get("extra-index-url", "").split())])
+        ),
         trusted_hosts=tuple(found.get("trusted-host", "").split()),
         find_links=tuple(link for link in links if "://" in link and _remote(link)),
         timeout=found.get("default-timeout", "") or found.get("timeout", ""),

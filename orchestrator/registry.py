@@ -7,11 +7,11 @@ import http.client
 import json
 import os
 import re
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import BuildError, RegistryError
 from orchestrator.specs import ImageRef, Secret
+from orchestrator.tee import run_tee
 
 if TYPE_CHECKING:
     from docker import DockerClient
@@ -24,12 +24,7 @@ LOCAL_HINT = "`orch registry up` starts one there; for the simulated cluster `or
 NO_ENGINE_HINT = "start Docker (Docker Desktop, or `systemctl start docker`); `docker info` must answer"
 
 _TIMEOUT = 10.0
-_PUSH_SILENCE = 300
-"""Seconds that a push may go without a word from the engine."""
-
-_NETWORK = re.compile(
-    r"(?i)dial tcp|connection refused|no such host|i/o timeout|timeout|tls|x509|no route|EOF"
-)
+_NETWORK = re.compile(r"(?i)dial tcp|connection refused|no such host|i/o timeout|timeout|tls|x509|no route|EOF")
 
 
 def parse_ref(text: str) -> ImageRef:
@@ -142,33 +137,24 @@ def _digest_by_engine(ref: ImageRef) -> str | None:
         client.close()
 
 
-def push(ref: ImageRef, progress: Callable[[dict[str, Any]], None] | None = None) -> str:
-    """Pushes `ref`'s tag with the operator's docker credentials and gives its digest.
+_DIGEST = re.compile(r"\bdigest: (sha256:[0-9a-f]{64}) size:")
 
-    `progress` gets the engine's messages (`status`, `id`, `progressDetail`).
-    Raises RegistryError when the registry does not answer or refuses, BuildError without an engine.
+
+def push(ref: ImageRef) -> str:
+    """Pushes `ref`'s tag as `docker push` does, its progress on stderr, and gives the digest.
+
+    The command and not the SDK: it knows every credential helper and context, looks as people expect, and starts
+    0.2 s sooner. Raises RegistryError when the registry does not answer or refuses, BuildError without an engine.
     """
-    import requests
-    from docker.errors import APIError
-
-    found = ""
-    client = engine(timeout=_PUSH_SILENCE)
-    try:
-        for message in client.api.push(ref.repository, tag=ref.tag, stream=True, decode=True):
-            if "error" in message:
-                raise _push_error(ref, str(message["error"]))
-            found = message.get("aux", {}).get("Digest", found)
-            if progress:
-                progress(message)
-    except APIError as error:
-        raise _push_error(ref, str(error.explanation or error)) from None
-    except requests.RequestException as error:
-        raise _push_error(ref, _reason(error)) from None
-    finally:
-        client.close()
-    if not found:
-        raise RegistryError(f"the push of {ref.tagged} ended without a digest", hint="run the command again")
-    return found
+    code, output = run_tee(["docker", "push", ref.tagged])
+    found = _DIGEST.findall(output)
+    if code == 0 and found:
+        return str(found[-1])
+    rows = [row.strip() for row in output.replace("\r", "\n").splitlines() if row.strip()]
+    reason = rows[-1] if rows else f"docker push ended with exit code {code} and no word"
+    if re.search(r"(?i)cannot connect to the docker daemon|docker daemon is not running", output):
+        raise BuildError(f"no Docker engine answers: {reason}", hint=NO_ENGINE_HINT)
+    raise _push_error(ref, reason)
 
 
 def _push_error(ref: ImageRef, reason: str) -> RegistryError:

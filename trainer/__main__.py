@@ -30,9 +30,13 @@ def build_parser() -> argparse.ArgumentParser:
     # not a subparser: those do not allow overrides and flags in any order
     parser.add_argument("command", choices=["run"])
     names = ", ".join(configuration.recipe_names())
-    parser.add_argument("--config", required=True, metavar="RECIPE", help=f"a recipe's name ({names}) or a YAML file")
-    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="try the recipe, tiny, on this CPU, in seconds")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help="set by old launchers; the environment is enough")
+    parser.add_argument(
+        "--config", required=True, metavar="RECIPE", help=f"a recipe's name ({names}) or a YAML file"
+    )
+    parser.add_argument(
+        "--dry_run", "--dry-run", action="store_true", help="try the recipe, tiny, on this CPU"
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="set by old launchers")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.lr=1e-3")
     return parser
 

@@ -8,6 +8,7 @@ whose disk has older checkpoints or none.
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,7 +81,8 @@ class Checkpointer:
                 )
                 manifest.retain(self._root, self._config.keep_last)
             except Exception as error:  # OSError, and what torch and safetensors make of a full disk
-                failure = f"checkpoint at step {state.step} could not be written to {self._root}: {error}"
+                why = _why(error, self._root)
+                failure = f"checkpoint at step {state.step} could not be written to {self._root}: {why}"
         failure = self._comm.broadcast(failure)
         seconds = time.perf_counter() - began
         if failure is None:
@@ -163,3 +165,16 @@ class Checkpointer:
                 return Chosen(found, rank, listings[rank][0]), passed_over
             passed_over.append(prefix[rank] + reason)
         return None, passed_over
+
+
+def _why(error: BaseException, root: Path) -> str:
+    """The system's reason if there is one below torch's or safetensors' own words, and the space left."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    reason = (cause.strerror if cause else None) or " ".join(str(error).split())
+    try:
+        free = shutil.disk_usage(root).free
+    except OSError:
+        return reason
+    return f"{reason} ({free / 1e6:,.1f} MB free)"

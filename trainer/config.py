@@ -26,7 +26,9 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    architecture: Literal["llama"] = Field("llama", description="transformers architecture, randomly initialised")
+    architecture: Literal["llama"] = Field(
+        "llama", description="transformers architecture, randomly initialised"
+    )
     hidden_size: int = Field(128, gt=0)
     intermediate_size: int = Field(384, gt=0, description="width of the gated MLP")
     num_hidden_layers: int = Field(4, gt=0)
@@ -45,7 +47,8 @@ class ModelConfig(Section):
             )
         if heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads={heads} is not divisible by num_key_value_heads={self.num_key_value_heads}"
+                f"num_attention_heads={heads} is not divisible by"
+                f" num_key_value_heads={self.num_key_value_heads}"
             )
         return self
 
@@ -60,10 +63,14 @@ class DataConfig(Section):
     )
     path: str | None = Field(None, description="file or folder of *.txt, for text_files")
     seq_len: int = Field(128, ge=2, description="tokens per row")
-    holdout: float = Field(0.05, ge=0, lt=1, description="share of the text, in whole documents, kept for evaluation")
+    holdout: float = Field(
+        0.05, ge=0, lt=1, description="share of the text, in whole documents, kept for evaluation"
+    )
     shuffle: bool = Field(True, description="new order of documents and rows in each epoch")
     cross_document_attention: bool = Field(False, description="let packed documents attend to each other")
-    prepare_timeout: float = Field(600, gt=0, description="seconds to wait for the node's rank 0 to prepare data")
+    prepare_timeout: float = Field(
+        600, gt=0, description="seconds to wait for the node's rank 0 to prepare data"
+    )
 
     @model_validator(mode="after")
     def _path_fits(self) -> DataConfig:
@@ -76,9 +83,13 @@ class TrainConfig(Section):
     steps: int = Field(160, ge=0, description="optimizer steps in all")
     global_batch: int = Field(32, gt=0, description="rows per optimizer step, over all ranks")
     micro_batch: int = Field(8, gt=0, description="rows per forward pass and rank; the rest is accumulated")
-    precision: Literal["fp32", "bf16", "fp64"] = Field("fp32", description="bf16: autocast with fp32 parameters")
+    precision: Literal["fp32", "bf16", "fp64"] = Field(
+        "fp32", description="bf16: autocast with fp32 parameters"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    max_bad_steps: int = Field(3, ge=0, description="steps in a row with a non-finite gradient to skip, then fail")
+    max_bad_steps: int = Field(
+        3, ge=0, description="steps in a row with a non-finite gradient to skip, then fail"
+    )
 
 
 class OptimConfig(Section):
@@ -100,8 +111,12 @@ class CheckpointConfig(Section):
     type: Literal["full"] = Field("full", description="full: one whole copy, written by rank 0")
     every: int = Field(50, ge=0, description="steps between checkpoints; 0: only at the end and on a stop")
     keep_last: int = Field(2, ge=1, description="checkpoints to keep")
-    resume: str = Field("auto", description="auto: newest that verifies on any node; none; or a step_… folder")
-    on_failure: Literal["warn", "stop"] = Field("warn", description="when writing fails, for example on a full disk")
+    resume: str = Field(
+        "auto", description="auto: newest that verifies on any node; none; or a step_… folder"
+    )
+    on_failure: Literal["warn", "stop"] = Field(
+        "warn", description="when writing fails, for example on a full disk"
+    )
 
 
 class LogConfig(Section):
@@ -123,7 +138,9 @@ class DistributedConfig(Section):
 class Config(Section):
     """One training run, complete."""
 
-    name: str = Field("train", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="run folder without ORCH_RUN_DIR")
+    name: str = Field(
+        "train", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="run folder without ORCH_RUN_DIR"
+    )
     task: str = Field("pretrain", description="one of trainer/tasks")
     seed: int = Field(1234, ge=0)
     model: ModelConfig = ModelConfig()
@@ -242,14 +259,28 @@ def _walk(section: type[Section], prefix: str) -> Iterator[tuple[str, str, Any, 
         yield f"{prefix}{name}", text, info.default, info.description or ""
 
 
+def _is_text(key: str) -> bool:
+    section: Any = Config
+    *parents, last = key.split(".")
+    for parent in parents:
+        info = section.model_fields.get(parent)
+        section = info.annotation if info else None
+        if not (isinstance(section, type) and issubclass(section, Section)):
+            return False
+    info = section.model_fields.get(last)
+    return info is not None and info.annotation in (str, str | None)
+
+
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r} is not of the form key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
+    value: Any = text
+    if not _is_text(key.strip()) or text == "null":  # a text is taken as it stands, whatever YAML makes of it
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
     *parents, last = key.strip().split(".")
     for parent in parents:
         inner = values.setdefault(parent, {})

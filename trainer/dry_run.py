@@ -25,12 +25,21 @@ def shrink(config: Config) -> Config:
     """`config` with the same choices and small sizes."""
     values = config.model_dump(mode="json")
     values["model"].update(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     values["tokenizer"]["vocab_size"] = min(config.tokenizer.vocab_size, 512)
     values["data"]["seq_len"] = min(config.data.seq_len, 64)
     values["train"].update(
-        steps=STEPS, global_batch=4, micro_batch=2, device="cpu", max_bad_steps=0, precision=config.train.precision
+        steps=STEPS,
+        global_batch=4,
+        micro_batch=2,
+        device="cpu",
+        max_bad_steps=0,
+        precision=config.train.precision,
     )
     values["optim"]["warmup_steps"] = min(config.optim.warmup_steps, 1)
     values["eval"]["every"] = 0
@@ -49,7 +58,9 @@ def run(config: Config) -> None:
         print("dry run: starting again from the checkpoint", flush=True)
         reloaded = _once(small, Path(name))
     if trained.loss != reloaded.loss or reloaded.step != STEPS:
-        raise CheckpointError(f"dry run: held-out loss {trained.loss} became {reloaded.loss} after save and load")
+        raise CheckpointError(
+            f"dry run: held-out loss {trained.loss} became {reloaded.loss} after save and load"
+        )
     print(f"dry run of recipe {config.name!r} passed: trained, saved, loaded, evaluated", flush=True)
 
 

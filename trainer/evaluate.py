@@ -39,7 +39,12 @@ def summed_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tenso
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, dataset: PackedDataset, comm: Communicator, *, micro_batch: int, cross_document_attention: bool
+    model: nn.Module,
+    dataset: PackedDataset,
+    comm: Communicator,
+    *,
+    micro_batch: int,
+    cross_document_attention: bool,
 ) -> Evaluation:
     """Every target token of epoch 0 counts once: rank r takes rows r, r + world, …; sums are all-reduced.
 

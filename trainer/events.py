@@ -7,6 +7,7 @@ was not yet written.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -45,10 +46,8 @@ class Events:
         with self._lock:
             if self._file < 0:
                 return
-            try:
+            with contextlib.suppress(OSError):  # a full disk must not end the training, nor hide its error
                 os.write(self._file, line)
-            except OSError:  # a full disk must not end the training, nor hide the error being reported
-                pass
 
     def heartbeats(self, interval: float) -> None:
         """Starts the thread that emits `heartbeat` every `interval` seconds until `close`."""

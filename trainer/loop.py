@@ -56,7 +56,7 @@ class Loop:
         while state.step < total:
             metrics = self.step()
             if metrics is None:
-                self._reporter.say(f"stop requested: saving at step {state.step}")
+                self._reporter.say(f"stop requested ({self._stop.reason}): saving at step {state.step}")
                 self._checkpointer.save(state)
                 return "preempted"
             self._reporter.step(state.step, metrics)
@@ -137,7 +137,8 @@ class Loop:
         self._reporter.say(f"warning: step {self._state.step} skipped, its gradient norm is {norm}")
         if self._bad_steps > self._config.train.max_bad_steps:
             raise NonFiniteError(
-                f"the gradient was not finite in {self._bad_steps} steps in a row, up to step {self._state.step}",
+                f"the gradient was not finite in {self._bad_steps} steps in a row,"
+                f" up to step {self._state.step}",
                 hint="Lower optim.lr, lengthen optim.warmup_steps, or look at the data of these steps.",
             )
 

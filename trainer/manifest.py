@@ -55,7 +55,7 @@ def scan(root: Path) -> tuple[list[Found], list[str]]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint; raises CheckpointError if it is missing, unreadable or of another schema."""
+    """The manifest; raises CheckpointError if it is missing, unreadable or of another schema."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         schema, files = manifest["schema"], manifest["files"]
@@ -63,7 +63,9 @@ def read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no {MANIFEST}") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: {MANIFEST} cannot be read ({type(error).__name__}: {error})") from None
+        raise CheckpointError(
+            f"{path}: {MANIFEST} cannot be read ({type(error).__name__}: {error})"
+        ) from None
     if schema != SCHEMA:
         raise CheckpointError(f"{path}: schema {schema}, this version reads {SCHEMA}")
     if not complete or not isinstance(files, dict):
@@ -72,14 +74,16 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The manifest, after every file's size and hash; raises CheckpointError that names the first bad file."""
+    """The manifest, once all sizes and hashes match it; raises CheckpointError naming the first bad file."""
     manifest = read(path)
     for name, expected in manifest["files"].items():
         file = path / name
         try:
             size = file.stat().st_size
             if size != expected["bytes"]:
-                raise CheckpointError(f"{path}: {name} has {size} bytes, the manifest says {expected['bytes']}")
+                raise CheckpointError(
+                    f"{path}: {name} has {size} bytes, the manifest says {expected['bytes']}"
+                )
             if _sha256(file) != expected["sha256"]:
                 raise CheckpointError(f"{path}: the hash of {name} does not match the manifest")
         except OSError as error:

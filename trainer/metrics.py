@@ -56,7 +56,14 @@ class Reporter:
     """Rank 0's voice. On other ranks every method does nothing."""
 
     def __init__(
-        self, config: Config, run_dir: Path, events: Events, device: torch.device, *, main: bool, world_size: int
+        self,
+        config: Config,
+        run_dir: Path,
+        events: Events,
+        device: torch.device,
+        *,
+        main: bool,
+        world_size: int,
     ) -> None:
         self._config = config
         self._events = events

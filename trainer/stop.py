@@ -25,3 +25,10 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         return self._signalled or os.path.exists(self._file)
+
+    @property
+    def reason(self) -> str:
+        """Why, as far as this rank knows."""
+        if self._signalled:
+            return "SIGTERM"
+        return f"{self._file} exists" if os.path.exists(self._file) else "on another rank"

@@ -32,7 +32,13 @@ def rng_state(device: torch.device) -> dict[str, Any]:
     name, keys, position, has_gauss, cached = np.random.get_state()
     state = {
         "python": [version, list(internal), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), cached],
+        "numpy": [
+            name,
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            cached,
+        ],
         "torch": torch.get_rng_state(),
     }
     if device.type == "cuda":
@@ -96,7 +102,9 @@ class TrainingState:
         state = comm.broadcast(json.loads((folder / "state.json").read_text()) if mine else None, holder)
         self.stream.load_state_dict(state["data"])
         self._load_model(load_file(folder / "model.safetensors") if mine else {}, comm, holder)
-        optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True) if mine else None
+        optimizer = (
+            torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True) if mine else None
+        )
         self.optimizer.load_state_dict(broadcast_tree(optimizer, comm, holder))
         self.schedule.load_state_dict(state["schedule"])
         rngs = comm.broadcast(torch.load(folder / "rng.pt", weights_only=True) if mine else None, holder)
@@ -118,5 +126,9 @@ class TrainingState:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 source = tensors.get(name, torch.empty(0)).to(parameter.dtype)
-                tensor = source.contiguous() if comm.env.rank == holder else torch.empty_like(parameter, device="cpu")
+                tensor = (
+                    source.contiguous()
+                    if comm.env.rank == holder
+                    else torch.empty_like(parameter, device="cpu")
+                )
                 parameter.copy_(comm.broadcast_tensor(tensor, holder))

@@ -90,7 +90,9 @@ class LocalBackend:
         done = self._connector.connect(node).run(_read(found.dir(node.name)), timeout=timeout)
         answer = report.parse_read(done.stdout, sent, time.time_ns())
         if answer.state == "unknown":
-            return {node.name: RemoteError("its state could not be read", node=node.name, lines=done.stderr.splitlines())}
+            return {
+                node.name: RemoteError("its state could not be read", node=node.name, lines=done.stderr.splitlines())
+            }
         return {node.name: node_status(answer, node.name, 0)}
 
     def open_log(self, found: Found, node: Node, offset: int) -> Stream:
@@ -158,7 +160,8 @@ def _alive(run_dir: str) -> str:
     folder = path(run_dir)
     return (
         f"read -r p t < {folder}/pid 2>/dev/null || p=0; "
-        'if [ "$p" != 0 ] && [ "$(awk \'{print $22}\' /proc/"$p"/stat 2>/dev/null)" = "$t" ]; then echo "$p"; else echo 0; fi'
+        'if [ "$p" != 0 ] && [ "$(awk \'{print $22}\' /proc/"$p"/stat 2>/dev/null)" = "$t" ]; '
+        'then echo "$p"; else echo 0; fi'
     )
 
 

@@ -80,7 +80,13 @@ class SshBackend:
         try:
             facts = self._all(nodes, by_name, self._preflight, report, "checking", PREFLIGHT_S, "preflight")
             self._all(
-                nodes, by_name, partial(self._create, facts), report, "preparing the image and container", PULL_S, "pull and create"
+                nodes,
+                by_name,
+                partial(self._create, facts),
+                report,
+                "preparing the image and container",
+                PULL_S,
+                "pull and create",
             )
             self._all(nodes, by_name, self._start, report, "starting", START_S, "start")
         except BaseException:

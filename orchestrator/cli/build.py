@@ -11,9 +11,7 @@ from orchestrator.cli.options import Json, On
 
 def build(
     on: On = None,
-    push: Annotated[
-        bool, typer.Option("--push/--no-push", help="Push to image.repository's registry.")
-    ] = True,
+    push: Annotated[bool, typer.Option("--push/--no-push", help="Push to image.repository's registry.")] = True,
     force: Annotated[
         bool,
         typer.Option("--force", help="Build and push even if the tag exists (for a base that has moved on)."),

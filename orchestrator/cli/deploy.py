@@ -20,20 +20,26 @@ def deploy(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[-- COMMAND…]", help="What follows torchrun's own options: train.py --lr 1e-4, or -m pkg …"
+            metavar="[-- COMMAND…]",
+            help="Instead of a recipe: what follows torchrun's own options, train.py --lr 1e-4 or -m pkg …",
         ),
     ] = None,
     on: options.On = None,
     nodes: options.Nodes = None,
-    gpus: Annotated[int | None, typer.Option("--gpus", help="GPUs per node; 0 trains on the CPU.")] = None,
-    procs: Annotated[int | None, typer.Option("--procs", help="Processes per node; one per GPU when left out.")] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option("--gpus", metavar="N", help="GPUs per node, else the target's or inventory's; 0: CPU."),
+    ] = None,
+    procs: Annotated[
+        int | None, typer.Option("--procs", metavar="N", help="Processes per node; one per GPU when left out.")
+    ] = None,
     recipe: options.Recipe = None,
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe; repeatable.")
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option("--name", help="Name of the run; runs of one name share their checkpoints and resume from them."),
+        typer.Option("--name", metavar="NAME", help="Name of the run; the next one of that --name resumes from it."),
     ] = None,
     resume: Annotated[
         str | None,
@@ -54,12 +60,16 @@ def deploy(
     """Start the job on the nodes and follow it.
 
     Builds and pushes the image if it has changed, checks every node, pulls, and starts one torchrun container per
-    node: all or none. Every line is prefixed with node/rank. Ctrl-C asks once, then stops the run; a second one
-    within 3 seconds detaches. Examples:
+    node: all or none. Every line is prefixed with node/rank. Closing this terminal leaves the run alone; Ctrl-C
+    stops it after 3 seconds, a second Ctrl-C within them only detaches.
 
-      orch deploy --nodes 4 --gpus 8 --recipe demo
-      orch deploy --nodes gpu1,gpu3 --gpus 8 -- train.py --lr 1e-4
-      orch deploy --on sim --dry-run
+    \b
+    orch deploy --nodes 4 --gpus 8 --recipe demo                   our trainer
+    orch deploy --nodes gpu1,gpu3 --gpus 8 -- train.py --lr 1e-4   your script, as after `torchrun`
+    orch deploy --nodes 2 --launcher none -- bash prepare.sh       a command once per node
+    orch deploy --name 8b --gpus 8                                 resumes the last run of that name
+    orch deploy --resume 8b-20260131-1                             the same job again, from its checkpoint
+    orch deploy --on sim --dry-run                                 what would be run, to read or to paste
     """
     from orchestrator.workflows.signals import Signals
 

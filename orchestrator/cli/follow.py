@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
@@ -79,30 +80,42 @@ def finish(
     colour = output.STATE_COLOURS.get(run.state.value, "bold")
     took = output.duration((run.ended or run.started) - run.started)
     state_text = output.style(run.state.value, colour, sys.stderr)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)  # apart from the log
     print(
         f"{output.style(run.id, 'bold', sys.stderr)} {state_text} after {took} (exit code {run.exit_code})",
         file=sys.stderr,
     )
     if ended.diagnosis:
         show_cause(ended.diagnosis)
-        print(f"  again      orch why {run.id}", file=sys.stderr)
+        lines = [("again", f"orch why {run.id}")]
     else:
-        checkpoints = f"{storage.checkpoint_root}/{series}"
-        print(f"  run folder {ended.found.dir(nodes[0].name)} on {', '.join(run.nodes)}", file=sys.stderr)
-        print(f"  checkpoints {checkpoints}  (home: orch pull {run.id} --checkpoint latest)", file=sys.stderr)
+        lines = [
+            ("run folder", f"{ended.found.dir(nodes[0].name)} on {', '.join(run.nodes)}"),
+            ("checkpoints", f"{storage.checkpoint_root}/{series}"),
+            ("bring home", f"orch pull {run.id} --checkpoint latest"),
+        ]
     if run.state is RunState.PREEMPTED:
-        print(f"  go on with orch deploy --resume {run.id}", file=sys.stderr)
+        lines.append(("go on with", f"orch deploy --resume {run.id}"))
+    for label, text in lines:
+        print(output.field(label, text), file=sys.stderr)
     raise typer.Exit(run.exit_code or 0)
 
 
 def show_cause(cause: Diagnosis, stream=None) -> None:
     """The first cause, its last lines, what to do next, and how many only lost their partner."""
     stream = stream or sys.stderr
-    bold = output.style("first cause", "red", stream)
-    print(f"  {bold} {output.printable(cause.cause)}", file=stream)
+    print(output.field("first cause", cause.cause, "red", stream), file=stream)
     for line in cause.lines[-SHOWN_LINES:]:
         print(f"    {output.style('|', 'dim', stream)} {output.printable(line)}", file=stream)
     if cause.remedy:
-        print(f"  {output.style('next', 'green', stream)}       {output.printable(cause.remedy)}", file=stream)
+        print(output.field("next", cause.remedy, "green", stream), file=stream)
     if cause.victims:
-        print(f"  victims    {len(cause.victims)}, not causes: {output.printable(cause.victims[0])[:100]}", file=stream)
+        count, first = len(cause.victims), _cut(cause.victims[0], 70)
+        print(output.field("others", f"{count} failed in its wake: {first}" + (" …" if count > 1 else "")), file=stream)
+
+
+def _cut(text: str, width: int) -> str:
+    """At most `width` characters of `text`; the source file that torch's C++ errors begin with says nothing."""
+    text = re.sub(r"\[/\S*\] ", "", text)
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -35,7 +35,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "why": ("Look", "orchestrator.cli.runs:why", "Why a run failed: first node, rank, exception, remedy."),
     "exec": ("Look", "orchestrator.cli.runs:exec", "Run a command inside a run's containers."),
     "pull": ("Keep", "orchestrator.cli.runs:pull", "Bring a run's logs and checkpoints home."),
-    "prune": ("Keep", "orchestrator.cli.runs:prune", "Remove ended runs from nodes and history."),
+    "prune": ("Keep", "orchestrator.cli.runs:prune", "Remove old runs' folders from the nodes; checkpoints stay."),
 }
 
 HELP = """Takes a training job from this machine to N machines that have only sshd and Docker.
@@ -43,10 +43,13 @@ HELP = """Takes a training job from this machine to N machines that have only ss
 `orch build && orch deploy --nodes 4 --gpus 8` is the whole use: one image, one torchrun container per node,
 every rank's output in this terminal. RUN may be left out (the latest) or shortened to a unique prefix."""
 
-EPILOG = (
-    "Exit codes: 0 done; 1 the job failed; 2 wrong usage or configuration; 3 nodes or registry unreachable; "
-    "4 preflight or lease refused; 75 preempted, resume possible; 130/143 interrupted."
-)
+EPILOG = """New here? In a checkout of orch this trains a small model on two simulated nodes:
+
+\b
+  orch sim up && orch build && orch deploy --nodes 2 --gpus 0 --procs 2 --recipe demo
+
+Exit codes: 0 done; 1 the job failed (127: its command is not in the image); 2 wrong usage or configuration;
+3 nodes or registry unreachable; 4 preflight or lease refused; 75 preempted, resume possible; 130/143 interrupted."""
 
 
 class LazyGroup(TyperGroup):
@@ -94,6 +97,7 @@ def load(name: str) -> Any:
     command = typer.main.get_command(found)
     command.name = name
     _accept_globals(command)
+    _plain_arguments(command)
     return command
 
 
@@ -109,6 +113,16 @@ def _accept_globals(command: Any) -> None:
         if not taken & set(param.opts):
             param.expose_value = False
             command.params.append(param)
+
+
+def _plain_arguments(command: Any) -> None:
+    """Shows arguments as their metavar spells them: typer would add braces and Python types (`<list[str]>`)."""
+    for child in getattr(command, "commands", {}).values():
+        _plain_arguments(child)
+    for param in command.params:
+        if param.param_type_name == "argument":
+            param.display_type_rich = lambda ctx: None
+            param.get_usage_pieces = lambda ctx, param=param: [param.display_name_raw]
 
 
 def _set_config(value: str | None) -> str | None:

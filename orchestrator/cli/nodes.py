@@ -30,7 +30,7 @@ app = typer.Typer(
 
 Names = Annotated[
     list[str] | None,
-    typer.Argument(metavar="NODES", help="Which nodes; all when left out.", autocompletion=complete.nodes),
+    typer.Argument(metavar="[NODES]…", help="Which nodes; all when left out.", autocompletion=complete.nodes),
 ]
 
 _SCAN_S = 15.0
@@ -60,7 +60,8 @@ def check(
     names: Names = None,
     on: On = None,
     gpus: Annotated[
-        int | None, typer.Option("--gpus", help="GPUs that each node must have, instead of the inventory's.", min=0)
+        int | None,
+        typer.Option("--gpus", metavar="N", help="GPUs that each node must have, instead of the inventory's.", min=0),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -179,7 +180,9 @@ def _unpinned(connector: SshConnector, node: Node, keys: Sequence[HostKey]) -> l
 
 @app.command("exec", context_settings={"allow_interspersed_args": False})
 def execute(
-    command: Annotated[list[str], typer.Argument(metavar="COMMAND", help="One word is a line for the shell.")],
+    command: Annotated[
+        list[str], typer.Argument(metavar="-- COMMAND…", help="What to run; one word alone is a line for the shell.")
+    ],
     nodes: Nodes = None,
     on: On = None,
     timeout: Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="For the command on a node.")] = 60.0,
@@ -187,9 +190,12 @@ def execute(
 ) -> None:
     """Run a command on all nodes at once.
 
-    For example `orch nodes exec --nodes gpu[1-4] -- nvidia-smi -L`. Several words are run exactly as they are; one
-    word alone is a line for the node's shell, so it may hold pipes: `orch nodes exec 'df -h / | tail -1'`. Nodes
-    with the same output are shown once. Ends with the worst exit code.
+    Several words are run exactly as they are; one word alone is a line for the node's shell, so it may hold pipes.
+    Nodes with the same output are shown once. Ends with the worst exit code.
+
+    \b
+    orch nodes exec --nodes gpu[1-4] -- nvidia-smi -L
+    orch nodes exec 'df -h / | tail -1'
     """
     from orchestrator.commands import shell
     from orchestrator.connect.fanout import fanout

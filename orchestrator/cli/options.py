@@ -24,7 +24,12 @@ RunId = Annotated[
 
 On = Annotated[
     str | None,
-    typer.Option("--on", metavar="TARGET", help="Target in orch.yaml.", autocompletion=complete.targets),
+    typer.Option(
+        "--on",
+        metavar="TARGET",
+        help="Target of orch.yaml; targets.default when left out.",
+        autocompletion=complete.targets,
+    ),
 ]
 
 Nodes = Annotated[

@@ -60,17 +60,29 @@ def emit_json(value: Any) -> None:
 
 def say(text: str) -> None:
     """One status line to stderr."""
-    print(printable(text), file=sys.stderr, flush=True)
+    _line(printable(text))
 
 
 def warn(text: str) -> None:
     """One warning to stderr."""
-    print(f"{style('warning:', 'yellow', sys.stderr)} {printable(text)}", file=sys.stderr, flush=True)
+    _line(f"{style('warning:', 'yellow', sys.stderr)} {printable(text)}")
 
 
 def node_line(node: str, text: str) -> None:
     """What one node does, to stderr."""
-    print(f"{style(f'{node:<10}', 'cyan', sys.stderr)} {printable(text)}", file=sys.stderr, flush=True)
+    _line(f"{style(f'{node:<10}', 'cyan', sys.stderr)} {printable(text)}")
+
+
+def _line(text: str) -> None:
+    """One write for text and line end: threads of several nodes speak at once."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def field(label: str, text: str, colour: str = "", stream: TextIO | None = None) -> str:
+    """`  LABEL       text`, the lines of a run's summary, in `colour` where `stream` (stdout) shows it."""
+    name = f"{label:<12}"
+    return f"  {style(name, colour, stream) if colour else name}{printable(text)}"
 
 
 def confirm(question: str) -> bool:

@@ -46,7 +46,7 @@ def ps(on: options.On = None, json: options.Json = False) -> None:
 
 def runs(
     json: options.Json = False,
-    limit: Annotated[int, typer.Option("--limit", "-n", help="How many, newest first.")] = 30,
+    limit: Annotated[int, typer.Option("--limit", "-n", metavar="N", help="How many, newest first.")] = 30,
 ) -> None:
     """History of runs, newest first.
 
@@ -68,7 +68,10 @@ def runs(
 
 
 def status(run: options.RunId = None, on: options.On = None, json: options.Json = False) -> None:
-    """One run: state of each node, progress, checkpoints."""
+    """One run: state of each node, progress, checkpoints.
+
+    Asks the nodes of the run, so it is true also after this machine was away.
+    """
     from orchestrator.workflows.runs import inspect
 
     view = inspect(_locate(run, on), state().history())
@@ -105,7 +108,14 @@ def logs(
 ) -> None:
     """Output of every rank, merged, each line with its node/rank.
 
-    It shows the same lines that `orch deploy` showed, from the nodes' own files.
+    It shows the same lines that `orch deploy` showed, from the nodes' own files, during the run and after it. A
+    dropped connection is opened again where it broke: no line is lost or repeated.
+
+    \b
+    orch logs -f                 picks up the latest run
+    orch logs --rank 0 | less
+    orch logs --rank -           what the launchers and torchrun said
+    orch logs --since 10m --fold
     """
     from orchestrator.cli.logs import show
 
@@ -122,20 +132,31 @@ def stop(
 ) -> None:
     """Stop a run; our trainer saves a checkpoint first.
 
-    A foreign command gets SIGTERM, run.grace seconds later SIGKILL. Works from any machine with the same inventory.
+    Our trainer ends the step, all ranks agree, and it exits with 75 (preempted): `orch deploy --resume RUN` goes on.
+    A command of yours gets SIGTERM, run.grace seconds later SIGKILL. Works from any machine with the same inventory.
     """
     from orchestrator.workflows.runs import stop_run
 
-    ended = stop_run(_locate(run, on), state().history(), kill=kill, wait=0 if no_wait else timeout, notify=output.say)
+    asked: list[str] = []
+
+    def tell(text: str) -> None:
+        asked.append(text)
+        output.say(text)
+
+    ended = stop_run(_locate(run, on), state().history(), kill=kill, wait=0 if no_wait else timeout, notify=tell)
     if json:
         output.emit_json(ended.to_json())
     else:
         code = "" if ended.exit_code is None else f" (exit code {ended.exit_code})"
-        output.say(f"{ended.id} {ended.state}{code}")
+        output.say(f"{ended.id} {'' if asked else 'has already ended: '}{ended.state}{code}")
 
 
 def why(run: options.RunId = None, on: options.On = None, json: options.Json = False) -> None:
-    """Why a run failed: first node, rank and exception, its last lines, and what to do next."""
+    """Why a run failed: first node, rank and exception, its last lines, and what to do next.
+
+    When one rank dies the others lose their partner and fail too. Those that only complain of a closed connection
+    are told apart; of the rest the earliest counts, by clocks that are corrected for their difference.
+    """
     import sys
 
     from orchestrator.cli.follow import show_cause
@@ -150,7 +171,7 @@ def why(run: options.RunId = None, on: options.On = None, json: options.Json = F
     if cause:
         show_cause(cause, sys.stdout)
         for victim in cause.victims[1:]:
-            print(f"             {output.printable(victim)[:110]}")
+            print(f"              {output.printable(victim)[:110]}")
     else:
         print("  nothing failed")
 
@@ -160,9 +181,13 @@ def exec(  # noqa: A001: the command's name
     node: options.NodeName = None,
     on: options.On = None,
 ) -> None:
-    """Run a command inside a run's containers, on every node or one.
+    """Run a command inside a run's containers, beside the job.
 
-    With --node and a terminal it is interactive: `orch exec --node n1 -- bash`.
+    On all its nodes, each line prefixed with the node. With --node and a terminal it is interactive.
+
+    \b
+    orch exec -- nvidia-smi
+    orch exec --node n1 -- bash
     """
     from orchestrator.cli.logs import run_inside
 
@@ -204,12 +229,17 @@ def pull(
 
 
 def prune(
-    keep: Annotated[int, typer.Option("--keep", help="How many of the newest ended runs keep their folders.")] = 10,
+    keep: Annotated[
+        int, typer.Option("--keep", metavar="N", help="How many of the newest ended runs keep their folders.")
+    ] = 10,
     on: options.On = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     yes: options.Yes = False,
 ) -> None:
-    """Remove ended runs' folders and containers from the nodes; checkpoints and live runs stay."""
+    """Remove the folders of old, ended runs from the nodes.
+
+    Checkpoints, live runs and this machine's history stay. Says what would go and asks first.
+    """
     from orchestrator.workflows.runs import prunable, prune_runs
 
     backend, nodes, found = prunable(state().config(), state().target(on), state().inventory, keep)

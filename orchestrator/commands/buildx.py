@@ -72,9 +72,7 @@ def inspect_argv(names: Sequence[str]) -> list[str]:
 def parse_inspect(output: str, names: Sequence[str]) -> set[str]:
     """Those of `names` that stand in the output of `inspect_argv`."""
     # The engine shows names of the default registry in their short form.
-    return {
-        name for name in names if f'"{name.removeprefix("docker.io/").removeprefix("library/")}"' in output
-    }
+    return {name for name in names if f'"{name.removeprefix("docker.io/").removeprefix("library/")}"' in output}
 
 
 def render(argv: Sequence[str]) -> str:
@@ -148,6 +146,7 @@ def parse_failure(output: str) -> Failure:
     return Failure(step, reason, tuple(line for line in lines if line.strip())[-_LAST_LINES:])
 
 
+_NO_PLUGIN = r"(?i)is not a docker command|unknown command: docker buildx|unknown [a-z ]*flag: ('f'|--load)"
 _ADVICE = (
     (
         r"no space left on device",
@@ -158,7 +157,7 @@ _ADVICE = (
         "start Docker (Docker Desktop, `systemctl start docker`, or `orch sim up` where it may start one)",
     ),
     (
-        r"(?i)is not a docker command|unknown command: docker buildx|unknown [a-z ]*flag: ('f'|--load)",
+        _NO_PLUGIN,
         "install the package docker-buildx-plugin (or docker-buildx); `orch sim up` gets it too",
     ),
     (
@@ -178,6 +177,11 @@ _ADVICE = (
         "check image.base in orch.yaml; without a registry `orch sim up` makes a base from Debian packages",
     ),
 )
+
+
+def lacks_plugin(output: str) -> bool:
+    """Whether it was the `docker` command itself that did not know what `buildx` is."""
+    return re.search(_NO_PLUGIN, output) is not None
 
 
 def advise(output: str) -> str | None:

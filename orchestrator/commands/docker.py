@@ -149,8 +149,8 @@ def probe(run_dir: str) -> str:
     """Sets `state code oom error engine` for `report.read`; prints the engine's log if there is no result."""
     return lines(
         f"id={container_id(run_dir)}",
-        'if out=$(docker inspect --format "{{.State.Status}}|{{.State.ExitCode}}|{{.State.OOMKilled}}|{{.State.Error}}" '
-        '"$id" 2>&1); then',
+        "if out=$(docker inspect --format "
+        '"{{.State.Status}}|{{.State.ExitCode}}|{{.State.OOMKilled}}|{{.State.Error}}" "$id" 2>&1); then',
         "  state=${out%%|*}; out=${out#*|}; code=${out%%|*}; out=${out#*|}; oom=${out%%|*}; error=${out#*|}",
         f'  if [ "$state" != running ] && [ ! -f {path(run_dir)}/result.json ]; then '
         'echo "orch.text tail"; docker logs --tail 20 "$id" 2>&1 | sed "s/^orch[.]/ &/"; echo; echo orch.end; fi',
@@ -217,7 +217,7 @@ def parse_discover(output: str) -> tuple[list[dict], list[dict]]:
             if kind == "orch_container":
                 containers.append(json.loads(rest))
             elif kind == "orch_folder":
-                folder, stamp, alive, job, result = (rest.split("\t") + [""])[:5]
+                folder, stamp, alive, job, result = [*rest.split("\t"), ""][:5]
                 folders.append(
                     {
                         "dir": folder,

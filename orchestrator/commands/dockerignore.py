@@ -33,6 +33,16 @@ def _patterns(text: str) -> Iterable[str]:
             yield row
 
 
+def _class(body: str) -> str:
+    """`[body]`; what is no valid class (`[]`, `[z-a]`) stands for itself."""
+    escaped = "[" + body.replace("\\", "\\\\").replace("[", "\\[") + "]"
+    try:
+        re.compile(escaped)
+    except re.error:
+        return re.escape(f"[{body}]")
+    return escaped
+
+
 def _regex(pattern: str) -> str:
     """`pattern` matched against a whole path or one of its parent folders."""
     parts = [part for part in pattern.split("/") if part not in ("", ".")]
@@ -54,8 +64,7 @@ def _regex(pattern: str) -> str:
             out += "[^/]"
         elif char == "[" and "]" in text[at:]:
             end = text.index("]", at)
-            body = text[at:end].replace("\\", "\\\\")
-            out += f"[{body}]"
+            out += _class(text[at:end])
             at = end + 1
         elif char == "\\" and at < len(text):
             out += re.escape(text[at])

@@ -30,7 +30,10 @@ class Report:
 
 
 def read(run_dir: str, probe: str) -> str:
-    """Prints a `Report`. `probe` sets the shell variables `state`, `code`, `oom`, `error` and may print `orch.text tail`."""
+    """Prints a `Report`.
+
+    `probe` sets the shell variables `state`, `code`, `oom`, `error`, `engine`, and may print `orch.text tail`.
+    """
     folder = path(run_dir)
     return lines(
         SAY,

@@ -77,6 +77,7 @@ class Image(Section):
     build_args: dict[str, Text] = {}
     ca_bundle: Path | None = None
     index_url: str | None = None
+    extra_index_url: str | None = None
     wheels: Path | None = None
 
     @field_validator("repository")

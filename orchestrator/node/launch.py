@@ -455,7 +455,7 @@ def resolve(command: list) -> tuple:
     return ([found, *command[1:]], "") if found else ([], f"{first}: no such program {place}")
 
 
-def attend(child: subprocess.Popen, control: socket.socket, signals: socket.socket) -> tuple:
+def attend(child: subprocess.Popen, control: socket.socket, signals: socket.socket, path: str) -> tuple:
     """Waits for the rank; passes on signals and the launcher's orders. (exit code, signal passed on)"""
     held, passed = False, 0
     with selectors.DefaultSelector() as selector:
@@ -469,7 +469,7 @@ def attend(child: subprocess.Popen, control: socket.socket, signals: socket.sock
                         held = True
                     elif order == b"term":
                         os.kill(child.pid, signal.SIGTERM)
-                    elif obey(order):
+                    elif obey(order, path):
                         ended = kill_tree(os.getpid())
                         if child.pid in ended:
                             return ended[child.pid], passed
@@ -484,11 +484,14 @@ def attend(child: subprocess.Popen, control: socket.socket, signals: socket.sock
                 return ended[child.pid], passed
 
 
-def obey(order: bytes) -> bool:
+def obey(order: bytes, path: str) -> bool:
     """Whether the rank's processes are to be killed; never returns when the launcher is gone."""
     if order:
         return order == b"kill"
     kill_tree(os.getpid())
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+        os.rmdir(os.path.dirname(path))
     os._exit(1)
 
 
@@ -514,17 +517,17 @@ def run_rank(path: str, command: list) -> int:
         os.write(writer, missing.encode() + b"\n")
     os.close(writer)
     if not missing:
-        code, passed = attend(child, control, signals)
+        code, passed = attend(child, control, signals, path)
     bye = {"code": code, "passed": passed, "missing": missing, "ended_ns": time.time_ns()}
     try:
         control.send(json.dumps(bye).encode())
         order = control.recv(64)
         while order != b"bye":
-            if obey(order):
+            if obey(order, path):
                 kill_tree(os.getpid())
             order = control.recv(64)
     except OSError:
-        obey(b"")
+        obey(b"", path)
     return code if code >= 0 else 128 - code
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from orchestrator import image, packages, registry
 from orchestrator.context import HashCache
 from orchestrator.errors import OrchError, UsageError
-from orchestrator.progress import PushProgress
 from orchestrator.specs import ImageRef
 
 if TYPE_CHECKING:
@@ -136,11 +133,11 @@ def build_image(
                 f"the image {plan.image.tagged} has not been built",
                 hint="`orch build`, or leave out --no-build",
             )
-        if push:
-            # The SDK that pushes takes a while to load; do it while buildx works.
-            threading.Thread(target=importlib.import_module, args=("docker",), daemon=True).start()
         _build(config, plan, here & {image.DEFAULT_BASE, image.LOCAL_BASE} if force else here, report)
-    digest = _push(plan.image, report) if push else None
+    digest = None
+    if push:
+        report(f"pushing {plan.image.tagged}")
+        digest = registry.push(plan.image)
     return BuildResult(_pinned(plan.image, digest), built, push, time.monotonic() - started)
 
 
@@ -163,23 +160,23 @@ def _build(config: Config, plan: image.BuildPlan, here: set[str], report: Report
     """Builds what of `plan` is not `here` in the engine."""
     section = config.image
     sources = packages.discover_sources(
-        os.environ, ca_bundle=section.ca_bundle, index_url=section.index_url, wheels=section.wheels
+        os.environ,
+        ca_bundle=section.ca_bundle,
+        index_url=section.index_url,
+        extra_index_url=section.extra_index_url,
+        wheels=section.wheels,
     )
     if section.base is None and image.DEFAULT_BASE not in here and image.LOCAL_BASE in here:
         plan = plan.on_base(image.LOCAL_BASE)
     for note in plan.notes:
         report(note)
     if plan.deps and plan.deps.tag not in here:
+        if plan.deps.args["VARIANT"] == "cpu" and sources.default_only:
+            report("torch comes from the default index, perhaps with CUDA (GBs): docs/images.md, CPU and CUDA")
         report(f"building the layers below the code ({plan.deps.tag}) on {plan.base}")
         image.build(plan.deps, sources)
     report(f"building {plan.image.tagged}")
     image.build(plan.code, sources)
-
-
-def _push(ref: ImageRef, report: Report) -> str:
-    report(f"pushing {ref.tagged}")
-    with PushProgress(report) as progress:
-        return registry.push(ref, progress)
 
 
 def _pinned(ref: ImageRef, digest: str | None) -> ImageRef:

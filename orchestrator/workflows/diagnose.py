@@ -151,7 +151,10 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
     (r"ModuleNotFoundError|No module named", "add the package to requirements.txt beside orch.yaml, then deploy again"),
     (r"not in the image", "check the path; the image holds what git lists and .dockerignore lets through"),
     (r"No space left|ENOSPC", "free disk on that node: `orch prune`, `docker image prune`"),
-    (r"Address already in use|EADDRINUSE|\bport .*\btaken\b", "end what listens there, or set another run.port in orch.yaml"),
+    (
+        r"Address already in use|EADDRINUSE|\bport .*\btaken\b",
+        "end what listens there, or set another run.port in orch.yaml",
+    ),
     (r"CUDA driver|no NVIDIA|nvidia", "check `nvidia-smi` there, or deploy with --gpus 0"),
     (r"\bSIGKILL\b|\bsignal 9\b", "often the kernel's out-of-memory killer: see `dmesg` there"),
     (r"rendezvous", "check that the nodes reach each other: `orch nodes check`"),

@@ -103,9 +103,15 @@ def _progress(located: Located, statuses: Mapping[str, object]) -> tuple[dict | 
 
 
 def _sentence(step: Mapping[str, Any] | None) -> str:
+    """The last step in words, as far as its numbers are known."""
     if not step:
         return ""
-    return f"step {step['step']}  loss {step['loss']:.4f}  {step['tokens_per_s']:,.0f} tokens/s"
+    parts = [f"step {step['step']}"]
+    if step["loss"] is not None:
+        parts.append(f"loss {step['loss']:.4f}")
+    if step["tokens_per_s"] is not None:
+        parts.append(f"{step['tokens_per_s']:,.0f} tokens/s")
+    return "  ".join(parts)
 
 
 def _need_one(statuses: Mapping[str, NodeStatus | OrchError]) -> None:

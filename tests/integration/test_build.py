@@ -66,11 +66,13 @@ def _wait_for(url: str) -> None:
 
 @pytest.fixture(scope="module")
 def made_tags() -> Iterator[set[str]]:
-    """Tags that tests have made in the engine; removed at the end."""
+    """Tags and repositories that tests have made in the engine; removed at the end."""
     tags: set[str] = set()
     yield tags
-    if tags:
-        docker("image", "rm", "-f", *tags, check=False)
+    named = {name for name in tags if ":" in name.rpartition("/")[2]}
+    ids = {one for name in tags - named for one in docker("image", "ls", "-q", name).split()}
+    if named | ids:
+        docker("image", "rm", "-f", *named, *ids, check=False)
 
 
 class Project:
@@ -79,6 +81,7 @@ class Project:
     def __init__(self, root: Path, repository: str, tags: set[str]) -> None:
         self.root, self.repository, self._tags = root / "project", repository, tags
         self.home = root / "installed"
+        tags.add(repository)
         self.root.mkdir()
         shutil.copytree(Path(image.__file__).parent.parent / "images", self.home / "images")
         (self.home / "images/requirements-cpu.txt").write_text(SMALL)
@@ -118,7 +121,7 @@ def run(ref: str, *command: str) -> str:
     return docker("run", "--rm", "--user", "4321:4321", "--network", "none", ref, *command)
 
 
-def test_build_push_run_and_an_edit(project: Project):
+def test_build_push_run_and_an_edit(project: Project, capfd: pytest.CaptureFixture[str]):
     first = project.build()
     assert first.built and first.pushed
     assert first.image.digest and first.image.digest.startswith("sha256:")
@@ -143,7 +146,8 @@ def test_build_push_run_and_an_edit(project: Project):
     docker("pull", "-q", first.image.pinned)
     changed = set(layers(second.image.tagged)) - set(layers(first.image.pinned))
     assert len(changed) == 1
-    assert len([line for line in project.said if " pushed, " in line]) == 1
+    pushed = capfd.readouterr().err.rpartition("The push refers to repository")[2]
+    assert pushed.count(": Pushed") == 1
 
 
 def test_the_same_files_give_the_same_layers(project: Project):
@@ -174,7 +178,7 @@ def test_secrets_are_in_no_layer_and_no_history(project: Project, tmp_path: Path
     docker("save", "-o", str(archive), made.image.tagged)
     assert _found_in_layers(archive, ("trainer.VERSION",)), "the search itself works"
     assert not _found_in_layers(archive, words)
-    assert run(made.image.tagged, "sh", "-c", "ls -A /run/secrets 2>/dev/null; cat /root/.pip/pip.conf 2>/dev/null; true") == ""
+    assert run(made.image.tagged, "sh", "-c", "ls -A /run/secrets 2>/dev/null || true") == ""
 
 
 def _found_in_layers(archive: Path, words: tuple[str, ...]) -> list[str]:
@@ -187,7 +191,7 @@ def _found_in_layers(archive: Path, words: tuple[str, ...]) -> list[str]:
             if stream is None:
                 continue
             if stream.peek(2)[:2] == b"\x1f\x8b":  # engines with the containerd store keep layers compressed
-                stream = gzip.open(stream)
+                stream = gzip.GzipFile(fileobj=stream)
             tail = b""
             while chunk := stream.read(1 << 22):
                 if any(word in tail + chunk for word in wanted):

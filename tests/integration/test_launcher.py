@@ -534,9 +534,14 @@ time.sleep(600)
     until(lambda: it.lines(0) and it.lines(1), "both ranks", 120)
     pids = launch.descendants(it.pid)
     assert len(pids) == 1 + 2 * 3  # torchrun; wrapper, command and its child for each rank
+    commands = [Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in pids]
+    sockets = {Path(words[words.index("--rank") + 1]) for words in commands if words[1] == "-I"}
+    (path,) = sockets
+    assert path.exists()
     os.kill(it.pid, signal.SIGKILL)
     assert it.wait() == -9
     until(lambda: all(gone(pid) for pid in pids), "the job's processes to be gone", 20)
+    assert not path.parent.exists()
 
 
 def test_torchrun_is_not_left_behind_and_ranks_that_ignore_sigterm_are_killed(node: Make) -> None:

@@ -71,7 +71,7 @@ class Cluster:
 
 @pytest.fixture
 def make_cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
-    made: list[Cluster] = []
+    live: list[Cluster] = []
 
     def make(count: int = 3, *, execute: bool = False, images: tuple[str, ...] = (IMAGE.tagged,)) -> Cluster:
         hosts = {
@@ -80,11 +80,13 @@ def make_cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
             )
             for index in range(1, count + 1)
         }
-        made.append(Cluster(hosts))
-        return made[-1]
+        cluster = Cluster(hosts)
+        if execute:  # the others have no processes to end
+            live.append(cluster)
+        return cluster
 
     yield make
-    for cluster in made:
+    for cluster in live:
         cluster.connector.close()
 
 

@@ -164,7 +164,9 @@ def test_dockerignore_holds_and_leaves_out_folders(project: Path):
 
 
 def git(root: Path, *words: str) -> None:
-    subprocess.run(["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True, capture_output=True)
+    subprocess.run(
+        ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True, capture_output=True
+    )
 
 
 def test_in_git_only_what_git_would_take(project: Path):
@@ -316,7 +318,8 @@ def test_sources_are_pips_own_with_orch_yaml_first(tmp_path: Path):
     assert [entry.path for entry in found.packages] == ["wheels/b-1.whl"]
     found = packages.discover_sources({**environ, "PIP_CERT": str(bundle)}, index_url="https://given/", wheels=other)
     assert (found.pip.index_url, found.ca_bundle, found.wheels) == ("https://given/", bundle, other)
-    assert packages.discover_sources({"PIP_CONFIG_FILE": os.devnull}) == packages.Sources()
+    nothing = packages.discover_sources({"PIP_CONFIG_FILE": os.devnull})
+    assert nothing == packages.Sources() and nothing.default_only and not found.default_only
 
 
 def test_bad_sources(tmp_path: Path):
@@ -379,7 +382,10 @@ def test_run_tee_command_missing():
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ("echo 'Cannot connect to the Docker daemon at unix:///x. Is the docker daemon running?' >&2; exit 1", "no Docker engine"),
+        (
+            "echo 'Cannot connect to the Docker daemon at unix:///x. Is the docker daemon running?' >&2; exit 1",
+            "no Docker engine",
+        ),
         ("echo '[\"a:1\"][]'; echo 'Error: No such image: b:1' >&2; exit 1", None),
     ],
 )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,6 @@ import requests
 
 from orchestrator import registry
 from orchestrator.errors import BuildError, RegistryError
-from orchestrator.progress import PushProgress
 from orchestrator.specs import ImageRef
 
 DIGEST = "sha256:" + "ab" * 32
@@ -63,7 +63,8 @@ def test_digest_of_a_local_registry(port: int):
 
 def test_a_registry_that_is_down_is_named_with_a_hint(closed_port: int):
     for call in (registry.digest, registry.ping):
-        with pytest.raises(RegistryError, match=f"localhost:{closed_port} does not answer: Connection refused") as caught:
+        says = f"localhost:{closed_port} does not answer: Connection refused"
+        with pytest.raises(RegistryError, match=says) as caught:
             call(ImageRef(f"localhost:{closed_port}/team/x", "t1"))
         assert "orch registry up" in (caught.value.hint or "")
         assert caught.value.exit_code == 3
@@ -84,20 +85,12 @@ def test_parse_ref(text: str, wanted: ImageRef):
 
 
 class Engine:
-    """A scripted engine: `push` gives these messages, `get_registry_data` raises or returns."""
+    """A scripted engine: `get_registry_data` raises or returns `data`."""
 
-    def __init__(self, messages: list[Any] = (), data: Any = None) -> None:  # type: ignore[assignment]
-        self.api = SimpleNamespace(push=self._push)
+    def __init__(self, data: Any) -> None:
         self.images = SimpleNamespace(get_registry_data=self._data)
-        self._messages, self._answer = messages, data
+        self._answer = data
         self.closed = False
-
-    def _push(self, repository: str, tag: str, stream: bool, decode: bool) -> Iterator[dict[str, Any]]:
-        assert (repository, tag, stream, decode) == ("reg.example/team/x", "t1", True, True)
-        for message in self._messages:
-            if isinstance(message, Exception):
-                raise message
-            yield message
 
     def _data(self, name: str) -> Any:
         assert name == "reg.example/team/x:t1"
@@ -138,34 +131,53 @@ def test_digest_of_a_remote_registry(monkeypatch: pytest.MonkeyPatch):
         registry.digest(REMOTE)
 
 
-def test_push_gives_the_digest_and_passes_progress(monkeypatch: pytest.MonkeyPatch):
-    messages = [{"status": "Pushed", "id": "a"}, {"aux": {"Tag": "t1", "Digest": DIGEST, "Size": 1}}, {"status": "t1: ok"}]
-    made = engine_of(monkeypatch, messages=messages)
-    seen: list[dict[str, Any]] = []
-    assert registry.push(REMOTE, seen.append) == DIGEST
-    assert seen == messages and made.closed
+@pytest.fixture
+def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts a `docker` first on PATH that runs the given script."""
+
+    def install(script: str) -> None:
+        (tmp_path / "docker").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "docker").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    return install
+
+
+def test_push_gives_the_digest(docker: Callable[[str], None], capfd: pytest.CaptureFixture[str]):
+    docker(
+        '[ "$*" = "push reg.example/team/x:t1" ] || exit 9\n'
+        f"echo 'The push refers to repository [reg.example/team/x]'; echo 't1: digest: {DIGEST} size: 1996'"
+    )
+    assert registry.push(REMOTE) == DIGEST
+    shown = capfd.readouterr()
+    assert "The push refers" in shown.err and shown.out == ""
 
 
 @pytest.mark.parametrize(
-    ("message", "says", "hint"),
+    ("last", "error", "says", "hint"),
     [
-        ({"error": "denied: requested access to the resource is denied"}, "refuses reg.example/team/x", "docker login"),
-        ({"error": "Get https://reg.example: dial tcp 1.2.3.4:443: connect: connection refused"}, "does not answer", "network"),
-        ({"error": "unknown: write /data: no space left on device"}, "no space left", "disk"),
-        ({"error": "something odd"}, "something odd", None),
-        (requests.ConnectionError("connection aborted"), "push of reg.example/team/x:t1 failed", None),
+        (
+            "denied: requested access to the resource is denied",
+            RegistryError,
+            "refuses reg.example/team/x",
+            "docker login",
+        ),
+        ("Get https://reg.example: dial tcp 1.2.3.4:443: connect: refused", RegistryError, "not answer", "network"),
+        ("unknown: write /data: no space left on device", RegistryError, "no space left", "disk"),
+        ("something odd", RegistryError, "something odd", ""),
+        ("Cannot connect to the Docker daemon at unix:///x.", BuildError, "no Docker engine", "start Docker"),
     ],
 )
-def test_a_push_that_fails(message: Any, says: str, hint: str | None, monkeypatch: pytest.MonkeyPatch):
-    engine_of(monkeypatch, messages=[message])
-    with pytest.raises(RegistryError, match=says.replace(".", r"\.")) as caught:
+def test_a_push_that_fails(last: str, error: type[Exception], says: str, hint: str, docker: Callable[[str], None]):
+    docker(f"echo 'The push refers to x'; echo '{last}' >&2; exit 1")
+    with pytest.raises(error, match=says) as caught:
         registry.push(REMOTE)
-    assert (hint or "") in (caught.value.hint or "")
+    assert hint in (caught.value.hint or "")  # type: ignore[attr-defined]
 
 
-def test_a_push_without_a_digest_is_no_success(monkeypatch: pytest.MonkeyPatch):
-    engine_of(monkeypatch, messages=[{"status": "x"}])
-    with pytest.raises(RegistryError, match="without a digest"):
+def test_a_push_without_a_digest_is_no_success(docker: Callable[[str], None]):
+    docker("echo done")
+    with pytest.raises(RegistryError, match=r"push of reg\.example/team/x:t1 failed: done"):
         registry.push(REMOTE)
 
 
@@ -215,19 +227,5 @@ def test_credentials_of_a_helper(docker_config: Path, tmp_path: Path, monkeypatc
     entry = json.loads(found.reveal())["auths"]["reg.example"]
     assert base64.b64decode(entry["auth"]) == b"me:s3"
     helper.write_text("#!/bin/sh\necho broken >&2\nexit 2\n")
-    with pytest.raises(RegistryError, match="credentials for reg.example"):
+    with pytest.raises(RegistryError, match=r"credentials for reg\.example"):
         registry.auth_config_json("reg.example")
-
-
-def test_push_progress_without_a_terminal():
-    said: list[str] = []
-    with PushProgress(said.append) as progress:
-        for message in (
-            {"status": "The push refers to repository"},
-            {"id": "aa", "status": "Pushing", "progressDetail": {"current": 512, "total": 2_500_000}},
-            {"id": "aa", "status": "Pushing", "progressDetail": {"current": 2_500_000, "total": 2_500_000}},
-            {"id": "aa", "status": "Pushed"},
-            {"id": "bb", "status": "Layer already exists"},
-        ):
-            progress(message)
-    assert said == ["layer aa pushed, 2.5 MB"]

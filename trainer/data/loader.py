@@ -58,14 +58,18 @@ class BatchStream:
         self.position += self._global_batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position, "rows": len(self._dataset), "fingerprint": self._dataset.fingerprint}
+        return {
+            "position": self.position,
+            "rows": len(self._dataset),
+            "fingerprint": self._dataset.fingerprint,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises DataError if the state is of other data, where the position would mean other rows."""
         if state["fingerprint"] != self._dataset.fingerprint:
             raise DataError(
                 f"the checkpoint was trained on other data ({state['rows']} rows, {state['fingerprint']};"
-                f" here {len(self._dataset)} rows, {self._dataset.fingerprint}): cannot continue at its position",
-                hint="Use the recipe's original data, seq_len, vocab_size and seed, or checkpoint.resume=none.",
+                f" here {len(self._dataset)} rows, {self._dataset.fingerprint}): cannot continue in it",
+                hint="Use the original data, seq_len, vocab_size and seed, or checkpoint.resume=none.",
             )
         self.position = int(state["position"])

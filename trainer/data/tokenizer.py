@@ -101,7 +101,9 @@ def prepare(
         wait_until(folder.is_dir, f"the node's rank 0 to train the tokenizer ({folder})")
     elif not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
-        with _lock(folder.with_suffix(".lock"), lambda try_: wait_until(try_, "another run's tokenizer lock")):
+        with _lock(
+            folder.with_suffix(".lock"), lambda try_: wait_until(try_, "another run's tokenizer lock")
+        ):
             if not folder.is_dir():
                 say(f"training a tokenizer of {vocab_size} tokens on {sum(map(len, documents)):,} characters")
                 save(train(documents, vocab_size), folder)

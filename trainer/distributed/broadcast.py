@@ -45,9 +45,12 @@ def _fill(node: Any, own: Any, comm: Communicator, source: int) -> Any:
         tensor = torch.empty(node.shape, dtype=node.dtype) if own is None else own.contiguous()
         return comm.broadcast_tensor(tensor, source)
     if isinstance(node, dict):
-        return {key: _fill(value, None if own is None else own[key], comm, source) for key, value in node.items()}
+        return {
+            key: _fill(value, None if own is None else own[key], comm, source) for key, value in node.items()
+        }
     if isinstance(node, (list, tuple)):
         return type(node)(
-            _fill(value, None if own is None else own[index], comm, source) for index, value in enumerate(node)
+            _fill(value, None if own is None else own[index], comm, source)
+            for index, value in enumerate(node)
         )
     return node

@@ -61,7 +61,9 @@ class RankEnv:
         elif "SLURM_STEP_NUM_TASKS" in environ and "SLURM_PROCID" in environ:
             env = _slurm(environ)
         elif "OMPI_COMM_WORLD_RANK" in environ:
-            env = _mpi(environ, "OMPI_COMM_WORLD_", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
+            env = _mpi(
+                environ, "OMPI_COMM_WORLD_", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"
+            )
         elif "PMI_RANK" in environ:
             env = _mpi(environ, "PMI_", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
         else:

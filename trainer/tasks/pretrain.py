@@ -48,7 +48,9 @@ def _train(context: Context, comm: Communicator, reporter: Reporter) -> Outcome:
     module = build_model(config, tokenizer.load(folder).get_vocab_size(), comm.device)
     parameters = count_parameters(module)
     reporter.set_flops(flops_per_token(module.config, parameters, config.data.seq_len))
-    reporter.say(f"model: {parameters / 1e6:.2f} M parameters, {config.train.precision}, on {comm.device.type}")
+    reporter.say(
+        f"model: {parameters / 1e6:.2f} M parameters, {config.train.precision}, on {comm.device.type}"
+    )
     model = DataParallel(module, comm)
     optimizer = build_optimizer(module, config.optim)
     state = TrainingState(
@@ -102,7 +104,11 @@ def _announce(context: Context, comm: Communicator, reporter: Reporter) -> None:
     env = context.env
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     context.events.emit(
-        "start", world=env.world_size, host=platform.node(), versions=versions, config_hash=context.config.hash()
+        "start",
+        world=env.world_size,
+        host=platform.node(),
+        versions=versions,
+        config_hash=context.config.hash(),
     )
     hosts = sorted(set(comm.gather(platform.node())))
     reporter.say(f"world: {env.world_size} ranks on {len(hosts)} nodes ({', '.join(hosts)})")
@@ -161,7 +167,9 @@ def _print_sample(model: torch.nn.Module, folder: Path, config: Config, device: 
     if not sample.max_new_tokens:
         return
     encoder = tokenizer.load(folder)
-    ids = torch.tensor([[BOS_ID, *encoder.encode(sample.prompt, add_special_tokens=False).ids]], device=device)
+    ids = torch.tensor(
+        [[BOS_ID, *encoder.encode(sample.prompt, add_special_tokens=False).ids]], device=device
+    )
     room = max(config.data.seq_len - ids.shape[1], 1)
     model.eval()
     torch.manual_seed(config.seed)

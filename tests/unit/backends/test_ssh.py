@@ -136,7 +136,8 @@ def test_two_deploys_at_once_the_engine_decides(cluster) -> None:
     assert cluster.containers() == {**NOTHING, "n3": [("other-1", "created")]}
 
 
-def test_an_ended_run_frees_its_node(cluster) -> None:
+def test_an_ended_run_frees_its_node(make_cluster) -> None:
+    cluster = make_cluster(1)
     cluster.backend.submit(cluster.plan("old-1"), cluster.tell)
     for name in cluster.hosts:
         cluster[name].finish("orch", 1)
@@ -161,8 +162,14 @@ def test_a_rollback_that_cannot_be_done_is_said(cluster) -> None:
     assert told["n3"] == "not rolled back: n3: rolling back failed: busy"
 
 
-@pytest.mark.parametrize("phase", ["checking", "preparing the image and container", "starting"])
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("phase", "signum"),
+    [
+        ("checking", signal.SIGTERM),
+        ("preparing the image and container", signal.SIGINT),
+        ("starting", signal.SIGHUP),
+    ],
+)
 def test_a_signal_in_each_phase_rolls_back(make_cluster, phase: str, signum: int) -> None:
     cluster = make_cluster(2)
 
@@ -211,7 +218,8 @@ def test_credentials_travel_on_standard_input_only(make_cluster) -> None:
     assert cluster["n1"].images == [image.pinned]
 
 
-def test_an_image_that_is_there_needs_no_registry(cluster) -> None:
+def test_an_image_that_is_there_needs_no_registry(make_cluster) -> None:
+    cluster = make_cluster(1)
     cluster.backend = SshBackend(cluster.connector, credentials=lambda ref: pytest.fail("not needed"))
     cluster.backend.submit(cluster.plan(), cluster.tell)
 
@@ -268,7 +276,8 @@ def test_status_and_the_end_of_each_node(cluster) -> None:
     assert cluster.containers()["n1"] == [(RUN, "exited")]
 
 
-def test_a_dead_engine_is_not_a_dead_job_without_a_word(cluster) -> None:
+def test_a_dead_engine_is_not_a_dead_job_without_a_word(make_cluster) -> None:
+    cluster = make_cluster(1)
     plan = cluster.plan()
     cluster.backend.submit(plan, cluster.tell)
     cluster["n1"].engine(up=False)
@@ -279,7 +288,7 @@ def test_a_dead_engine_is_not_a_dead_job_without_a_word(cluster) -> None:
 def test_a_real_launcher_from_start_to_end(make_cluster) -> None:
     """The fake node runs the real launcher: logs, report, files, discovery by another operator."""
     cluster = make_cluster(1, execute=True)
-    text = "echo \"it's $TOKEN $GREETING\"; echo x > \"$0\"; exit 3"
+    text = 'echo "it\'s $TOKEN $GREETING"; echo x > "$0"; exit 3'
     target = cluster["n1"].home / "made"
     plan = cluster.plan(command=("sh", "-c", text, str(target)), env={"GREETING": "a 'b' $(id)"})
     cluster.backend.submit(plan, cluster.tell)
@@ -323,7 +332,7 @@ def test_attaching_quotes_every_word(cluster) -> None:
     found = Found(planned(cluster.plan(), 0.0).run, {"n1": "~/runs/r"})
     argv = cluster.backend.attach(found, node, ["sh", "-c", "echo 'a b' $(id)"])
     assert argv[:4] == ["ssh", "-t", "-p", "2222"] and argv[-2] == "ann@10.0.0.1"
-    assert "StrictHostKeyChecking=yes" in argv and ["-i", "/k ey"] == argv[argv.index("-i") :][:2]
+    assert "StrictHostKeyChecking=yes" in argv and argv[argv.index("-i") :][:2] == ["-i", "/k ey"]
     assert argv[-1].startswith('docker exec -it "$(cat "$HOME"/runs/r/container')
     done = cluster["n1"].run(argv[-1].replace("docker exec -it", "printf '%s|'"))
     assert done.stdout == "none|sh|-c|echo 'a b' $(id)|"

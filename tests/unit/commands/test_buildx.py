@@ -97,7 +97,9 @@ def test_failure_names_step_reason_and_last_lines():
 
 
 def test_failure_in_terminal_output_with_colours():
-    dressed = PIP_FAILED.replace("\n", "\r\n").replace(" > [", "\x1b[31m > [").replace("exit code: 1", "exit code: 1\x1b[0m")
+    dressed = (
+        PIP_FAILED.replace("\n", "\r\n").replace(" > [", "\x1b[31m > [").replace("exit code: 1", "exit code: 1\x1b[0m")
+    )
     assert buildx.parse_failure(dressed) == buildx.parse_failure(PIP_FAILED)
 
 
@@ -119,11 +121,19 @@ def test_failure_without_a_step():
         ("docker: unknown command: docker buildx", "docker-buildx"),
         ("unknown shorthand flag: 'f' in -f", "docker-buildx"),
         ("SSLError(SSLCertVerificationError(1, 'certificate verify failed'))", "image.ca_bundle"),
-        ("permission denied while trying to connect to the Docker daemon socket at docker.sock: permission denied", "group"),
+        (
+            "permission denied while trying to connect to the Docker daemon socket at docker.sock: permission denied",
+            "group",
+        ),
     ],
 )
 def test_advice(output: str, word: str):
     assert word in (buildx.advise(output) or "")
+
+
+def test_a_missing_plugin_is_told_from_a_failed_build():
+    assert buildx.lacks_plugin("unknown flag: --load\n\nUsage:  docker [OPTIONS] COMMAND")
+    assert not buildx.lacks_plugin(PIP_FAILED)
 
 
 def test_no_advice_where_nothing_is_known():

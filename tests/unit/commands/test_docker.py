@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from orchestrator.connect.fake import FakeHost
 from orchestrator.connect.fake_engine import state
 from orchestrator.specs import Node
 
-HOSTILE = ['a,b', 'say "hi"', "it's", "$(touch pwned)", "a b", '",readonly,"', "a\nb", "back\\slash", "`id`", "=x="]
+HOSTILE = ["a,b", 'say "hi"', "it's", "$(touch pwned)", "a b", '",readonly,"', "a\nb", "back\\slash", "`id`", "=x="]
 IMAGE = "registry.example.com/team/job:v1"
 
 
@@ -36,9 +37,9 @@ def fields(value: str) -> dict[str, str]:
     return {key: text for key, _, text in (field.partition("=") for field in record)}
 
 
-paths = st.text(
-    st.characters(exclude_characters="\0\r", exclude_categories=["Cs"]), min_size=1, max_size=12
-).map(lambda text: "/" + text)
+paths = st.text(st.characters(exclude_characters="\0\r", exclude_categories=["Cs"]), min_size=1, max_size=12).map(
+    lambda text: "/" + text
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -75,7 +76,7 @@ def test_create(machine) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     (words,) = machine.words
     user = subprocess.run("echo $(id -u):$(id -g)", shell=True, capture_output=True, text=True).stdout.strip()
-    flags = dict(zip(words[2:-3], words[3:-2], strict=True))
+    flags = dict(pairwise(words[2:-2]))
     assert words[:4] == ["docker", "create", "--name", "orch"]
     assert (flags["--entrypoint"], flags["--network"], flags["--restart"]) == ("python3", "host", "no")
     assert (flags["--user"], flags["--shm-size"], flags["--stop-timeout"]) == (user, "8g", "160")
@@ -265,7 +266,10 @@ def test_what_a_container_does(host: FakeHost) -> None:
     assert (read(host).state, read(host).tail) == ("running", ())
     host.finish("orch", 137)
     (host.root / "engine" / f"{identity}.log").write_text(
-        "".join(json.dumps({"stream": "stderr", "log": text + "\n"}) + "\n" for text in ("first", "orch.state running", "end"))
+        "".join(
+            json.dumps({"stream": "stderr", "log": text + "\n"}) + "\n"
+            for text in ("first", "orch.state running", "end")
+        )
     )
     found = read(host)
     assert (found.state, found.exit_code, found.oom) == ("exited", 137, False)
@@ -276,7 +280,7 @@ def test_what_a_container_does(host: FakeHost) -> None:
 
 
 def test_the_launchers_process(host: FakeHost) -> None:
-    ask = f"pid={docker.pid('~/runs/r-1')}; if [ \"${{pid:-0}}\" -gt 0 ]; then echo alive; else echo none; fi"
+    ask = f'pid={docker.pid("~/runs/r-1")}; if [ "${{pid:-0}}" -gt 0 ]; then echo alive; else echo none; fi'
     assert host.run(ask).stdout == "none\n"
     (host.home / "runs/r-1/container").write_text(box(host, "r-1"))
     assert host.run(ask).stdout == "none\n"
@@ -284,7 +288,7 @@ def test_the_launchers_process(host: FakeHost) -> None:
 
 def test_the_pid_when_docker_prints_an_empty_line(machine) -> None:
     machine.command("docker", "echo; echo 'No such object' >&2; exit 1")
-    ask = f"pid={docker.pid('~/r')}; if [ \"${{pid:-0}}\" -gt 0 ]; then echo alive; else echo none; fi"
+    ask = f'pid={docker.pid("~/r")}; if [ "${{pid:-0}}" -gt 0 ]; then echo alive; else echo none; fi'
     done = machine.run(ask)
     assert (done.stdout, done.stderr) == ("none\n", "")
 

@@ -89,10 +89,13 @@ def test_newlines_in_a_path_stay_in_it(machine) -> None:
 
 
 def test_what_a_node_says_of_itself(machine) -> None:
-    machine.command("nvidia-smi", '[ "$1" = -L ] && { echo "GPU 0: H"; echo "GPU 1: H"; } || echo "41, 900 MiB, python"')
+    machine.command(
+        "nvidia-smi", '[ "$1" = -L ] && { echo "GPU 0: H"; echo "GPU 1: H"; } || echo "41, 900 MiB, python"'
+    )
     machine.command(
         "docker",
-        'case "$1" in version) echo 28.2.2;; info) echo /;; ps) echo "running|other-run|ann@lab|abc|x";; *) exit 1;; esac',
+        'case "$1" in version) echo 28.2.2;; info) echo /;; '
+        'ps) echo "running|other-run|ann@lab|abc|x";; *) exit 1;; esac',
     )
     found = facts(machine.run(preflight(Request(folders=("~/runs",), image="i:1"))).stdout)
     assert found.get("home") == str(machine.home)

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 RANKS = Path(__file__).parent / "ranks"
-WORDS = "the of and a to in is you that it he was for on are as with his they I at be this have from".split()
+WORDS = "the of and a to in is you that it he was for on are as with his they at be this have from"
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -57,8 +57,9 @@ def tiny(tmp_path: Path) -> list[str]:
     """Overrides of a tiny run on twelve documents of uneven length."""
     folder = tmp_path / "text"
     folder.mkdir()
+    vocabulary = WORDS.split()
     for index in range(12):
-        words = [WORDS[(index * 7 + i * i) % len(WORDS)] for i in range(5 + 9 * (index % 5))]
+        words = [vocabulary[(index * 7 + i * i) % len(vocabulary)] for i in range(5 + 9 * (index % 5))]
         (folder / f"{index:02}.txt").write_text(" ".join(words) + ".")
     return [*TINY, f"data.path={folder}"]
 
@@ -102,8 +103,15 @@ def ranks(tmp_path: Path) -> Launch:
                 names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
                 variables |= {name: str(value) for name, value in names.items()}
                 variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            given = {"ENV": variables | mine, "ARGV": list(argv), "LOG": str(logs / str(rank)), "SCRIPT": script}
-            process = _context.Process(target=runpy.run_path, args=(str(RANKS / "start.py"), given, "__main__"))
+            given = {
+                "ENV": variables | mine,
+                "ARGV": list(argv),
+                "LOG": str(logs / str(rank)),
+                "SCRIPT": script,
+            }
+            process = _context.Process(
+                target=runpy.run_path, args=(str(RANKS / "start.py"), given, "__main__")
+            )
             process.start()
             group.append(process)
         try:
@@ -113,7 +121,9 @@ def ranks(tmp_path: Path) -> Launch:
             for process in group:
                 process.kill()
                 process.join()
-        output = [(logs / str(rank)).read_text() if (logs / str(rank)).exists() else "" for rank in range(world)]
+        output = [
+            (logs / str(rank)).read_text() if (logs / str(rank)).exists() else "" for rank in range(world)
+        ]
         return Ranks([process.exitcode for process in group], output)
 
     return launch
@@ -121,7 +131,7 @@ def ranks(tmp_path: Path) -> Launch:
 
 @pytest.fixture
 def train(ranks: Launch, tiny: list[str], tmp_path: Path) -> Callable[..., Ranks]:
-    """`train(name, *overrides, world=…, env=…)`: `python -m trainer run` with its run folder in tmp_path/name."""
+    """`train(name, *overrides, world=…, env=…)`: the trainer with its run folder in tmp_path/name."""
 
     def run(name: str, *overrides: str, world: int = 1, env: Any = (), script: str = "cli") -> Ranks:
         base = {"ORCH_RUN_DIR": str(tmp_path / name)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -18,7 +19,7 @@ def _documents(row: torch.Tensor) -> list[torch.Tensor]:
     """A packed row cut where documents begin, padding removed; each piece stands alone."""
     row = row[row != PAD].long()
     starts = [0, *[i for i in range(1, len(row)) if row[i] == BOS], len(row)]
-    return [row[a:b] for a, b in zip(starts, starts[1:], strict=False) if b - a > 1]
+    return [row[a:b] for a, b in itertools.pairwise(starts) if b - a > 1]
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -35,7 +36,8 @@ def test_step_equals_one_plain_process(world, ranks, tiny, tmp_path):
     assert any(len(_documents(row)) > 1 for row in saved[0]["rows"])
     tokens = sum(len(piece) - 1 for piece in pieces)
     loss = sum(
-        -F.log_softmax(model(piece[None, :-1]).logits[0], dim=-1).gather(1, piece[1:, None]).sum() for piece in pieces
+        -F.log_softmax(model(piece[None, :-1]).logits[0], dim=-1).gather(1, piece[1:, None]).sum()
+        for piece in pieces
     )
     (loss / tokens).backward()
     for mine in saved:
@@ -67,7 +69,9 @@ def test_documents_do_not_attend_to_each_other():
     def logits(tokens: torch.Tensor, together: bool) -> torch.Tensor:
         batch = collate([tokens.numpy()], together)
         with torch.no_grad():
-            return model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0, 60:]
+            return model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[
+                0, 60:
+            ]
 
     assert (logits(row, False) - logits(other, False)).abs().max() == 0.0
     assert (logits(row, True) - logits(other, True)).abs().max() > 0.0

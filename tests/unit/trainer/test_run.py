@@ -23,7 +23,7 @@ def _losses(rows):
 def test_one_process_from_start_to_sample(train, events, tmp_path):
     result = train("run", "log.tensorboard=true")
     assert result.exit_codes == [0], result.output
-    assert "held-out loss" in result.output[0] and "perplexity" in result.output[0] and "sample: 'The" in result.output[0]
+    assert all(words in result.output[0] for words in ("held-out loss", "perplexity", "sample: 'The"))
     assert [row["step"] for row in events("run", "step")] == [1, 2, 3, 4, 5, 6]
     assert events("run", "end")[-1]["status"] == "succeeded"
     assert _steps(tmp_path / "run/checkpoints") == [4, 6]
@@ -127,7 +127,9 @@ def test_other_model_is_refused_on_resume(train):
 
 
 def test_sigterm_is_a_stop(train, events):
-    result = train("run", "train.steps=500", script="stop_after", env={"STOP_AFTER": "2", "STOP_BY": "signal"})
+    result = train(
+        "run", "train.steps=500", script="stop_after", env={"STOP_AFTER": "2", "STOP_BY": "signal"}
+    )
     assert result.exit_codes == [75], result.output
     assert events("run", "checkpoint")[-1]["step"] == events("run", "end")[-1]["step"] == 2
 
@@ -142,7 +144,9 @@ def test_stop_seen_by_one_rank_stops_all(train, events, tmp_path):
 
 
 def test_failing_rank_reports_and_exits_at_once(train, events):
-    result = train("run", "train.steps=500", script="fail_after", world=2, env={"FAIL_AFTER": "2", "FAIL_RANK": "1"})
+    result = train(
+        "run", "train.steps=500", script="fail_after", world=2, env={"FAIL_AFTER": "2", "FAIL_RANK": "1"}
+    )
     assert result.exit_codes == [1, 1], result.output
     (error,) = events("run", "error", rank=1)
     assert (error["type"], error["message"], error["step"]) == ("ZeroDivisionError", "injected", 2)
@@ -157,13 +161,15 @@ def test_failed_writes_keep_the_old_checkpoints(policy, code, train, events, tmp
     assert train("run", "train.steps=2").exit_codes == [0]
     result = train("run", f"checkpoint.on_failure={policy}", script="full_disk")
     assert result.exit_codes == [code], result.output
-    assert "could not be written" in result.output[0]
+    assert "could not be written" in result.output[0] and "File too large" in result.output[0]
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000002"]
     manifest.verify(tmp_path / "run/checkpoints/step_00000002")
 
 
 def test_non_finite_gradients_are_skipped_then_fatal(train, events):
-    result = train("run", "train.steps=9", "train.max_bad_steps=2", script="nan_after", env={"NAN_AFTER": "1"})
+    result = train(
+        "run", "train.steps=9", "train.max_bad_steps=2", script="nan_after", env={"NAN_AFTER": "1"}
+    )
     assert result.exit_codes == [1], result.output
     (error,) = events("run", "error")
     assert error["type"] == "NonFiniteError" and error["step"] == 4
