@@ -112,7 +112,7 @@ def show_cause(cause: Diagnosis, stream=None) -> None:
         print(output.field("next", cause.remedy, "green", stream), file=stream)
     if cause.victims:
         count, first = len(cause.victims), _cut(cause.victims[0], 70)
-        print(output.field("others", f"{count} failed in its wake: {first}" + (" …" if count > 1 else "")), file=stream)
+        print(output.field("others", f"{count} failed in its wake: {first}"), file=stream)
 
 
 def _cut(text: str, width: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -30,9 +31,10 @@ def show(
     raw: bool,
 ) -> None:
     """Prints the run's log; with `follow` until the run has ended, else what there is now."""
-    from orchestrator.errors import UsageError, unknown
-    from orchestrator.logs import FoldView, Sink, Source, View, offset_since, parse_ranks, parse_since, wants_color
+    from orchestrator.errors import NodesFailed, UsageError, unknown
+    from orchestrator.logs import FoldView, Sink, Source, View, parse_ranks, parse_since, wants_color
     from orchestrator.logs import follow as read
+    from orchestrator.logs.sink import SinkClosed
 
     found, backend = located.found, located.backend
     names = tuple(each.name for each in located.nodes)
@@ -41,12 +43,7 @@ def show(
     if fold and follow:
         raise UsageError("--fold needs the whole log, --follow never has it", hint="leave one of them out")
     chosen = [each for each in located.nodes if node in (None, each.name)]
-    offsets = dict.fromkeys(names, 0)
-    if since:
-        moment = parse_since(since)
-        for each in chosen:
-            index = backend.read_file(found, each, "log.index").decode("ascii", "replace")
-            offsets[each.name] = offset_since(index, moment)
+    offsets = _offsets(located, chosen, parse_since(since)) if since else {}
     sink = Sink.to(sys.stdout)
     view = View(
         names=names,
@@ -58,13 +55,30 @@ def show(
     shown = FoldView(view) if fold else view
     opened = backend.open_log if follow else backend.open_log_so_far
     sources = [
-        Source(each.name, index, partial(opened, found, each), offsets[each.name]) for index, each in enumerate(chosen)
+        Source(each.name, index, partial(opened, found, each), offsets.get(each.name, 0))
+        for index, each in enumerate(chosen)
     ]
     result = read(sources, sink, on_event=_tell, stop=threading.Event(), view=shown)
-    if fold:
-        sink.write(shown.render())
-    if result.errors:
-        raise next(iter(result.errors.values()))
+    if isinstance(shown, FoldView):
+        with contextlib.suppress(SinkClosed):
+            sink.write(shown.render())
+    if len(result.errors) > 1:
+        raise NodesFailed("the logs of several nodes could not be read", result.errors)
+    for error in result.errors.values():
+        raise error
+
+
+def _offsets(located: Located, nodes: list[Node], moment: float) -> dict[str, int]:
+    """Where each node's log stood at `moment`; a node that does not answer is told of when its log is read."""
+    from orchestrator.connect.fanout import fanout
+    from orchestrator.logs import offset_since
+
+    def one(node: Node) -> int:
+        index = located.backend.read_file(located.found, node, "log.index")
+        return offset_since(index.decode("ascii", "replace"), moment)
+
+    answers = fanout(nodes, one, deadline=60, what="find the place in the log")
+    return {name: answer for name, answer in answers.items() if isinstance(answer, int)}
 
 
 def _tell(node: str, event: str, error: Exception | None) -> None:
@@ -83,6 +97,12 @@ def run_inside(located: Located, node: str | None, command: list[str] | None) ->
         raise UsageError("no command", hint="for example: orch exec -- nvidia-smi, or orch exec --node n1 -- bash")
     if node and node not in names:
         raise UsageError(unknown("node", node, names))
+    run = located.found.run
+    if run.state.is_terminal:
+        raise UsageError(
+            f"{run.id} has ended ({run.state}), and its containers with it",
+            hint=f"`orch logs {run.id}` shows what it printed, `orch pull {run.id}` brings its files here",
+        )
     chosen = [each for each in located.nodes if node in (None, each.name)]
     if len(chosen) == 1 and sys.stdin.isatty() and sys.stdout.isatty():
         argv = located.backend.attach(located.found, chosen[0], command)
