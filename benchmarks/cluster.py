@@ -26,14 +26,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from orchestrator.errors import OrchError
 from orchestrator.inventory import load as load_inventory
 from orchestrator.sim.cluster import Cluster, load
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+PACKAGES = ("orchestrator", "trainer", "images")
 REPOSITORY = "orch-bench"
 PROCS = 2
 PORT = 29555
@@ -83,7 +84,9 @@ class Bench:
         return [sys.executable, "-m", "orchestrator", *words]
 
     def orch_env(self) -> dict[str, str]:
-        return {**os.environ, "PYTHONPATH": str(ROOT), "ORCH_STATE": str(self.folder / "state")}
+        env = {**os.environ, "PYTHONPATH": str(self.folder / "checkout"), "ORCH_STATE": str(self.folder / "state")}
+        env.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed orch is compiled
+        return env
 
     def shell(self, name: str) -> list[str]:
         return ["sh", str(HERE / "shell" / name)]
@@ -120,7 +123,7 @@ class Bench:
     def settle(self) -> None:
         """Waits until what was started on the nodes has ended, and removes its containers."""
         ours = f"docker ps -aq --no-trunc --filter name=^/{self.name}$"
-        theirs = f"docker inspect -f '{{{{.Id}}}} {{{{index .Config.Labels \"orch.run\"}}}}' orch 2>/dev/null"
+        theirs = "docker inspect -f '{{.Id}} {{index .Config.Labels \"orch.run\"}}' orch 2>/dev/null"
         self.on_nodes(
             f"ids=$({ours}; {theirs} | sed -n 's/ {self.name}-.*//p'); "
             '[ -z "$ids" ] || { timeout 60 docker wait $ids; docker rm -f $ids; } >/dev/null 2>&1 || :'
@@ -221,6 +224,9 @@ def bench(sim: str, project: Path, procs: int = PROCS) -> Iterator[Bench]:
 
 
 def _set_up(made: Bench) -> None:
+    for package in PACKAGES:  # a copy: an edit in this checkout during the benchmark would change the image
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / package, made.folder / "checkout" / package, ignore=ignore)
     for folder in (made.ours, made.script):
         folder.mkdir()
         shutil.copy(HERE / "job" / "train.py", folder)
@@ -250,6 +256,7 @@ def _clean(made: Bench) -> None:
         f"docker image ls -q '*/{REPOSITORY}' | sort -u | xargs -r docker image rm -f >/dev/null 2>&1",
         check=False,
     )
-    listed = subprocess.run(["docker", "image", "ls", "-q", made.repository], capture_output=True, text=True, check=False)
+    argv = ["docker", "image", "ls", "-q", made.repository]
+    listed = subprocess.run(argv, capture_output=True, text=True, check=False)
     if ids := set(listed.stdout.split()):
         subprocess.run(["docker", "image", "rm", "-f", *ids], capture_output=True, check=False)

@@ -52,7 +52,7 @@ def main() -> int:
     if given.json:
         print(json.dumps(result))
     else:
-        print(f"orch deploy {result['orch_s']:.2f} s, script {result['script_s']:.2f} s: {result['ratio']:.2f}x, ", end="")
+        print(f"orch {result['orch_s']:.2f} s, script {result['script_s']:.2f} s: {result['ratio']:.2f}x, ", end="")
         print(f"{result['over_s']:+.2f} s (bare docker run -d: {result['floor_s']:.2f} s); ", end="")
         print(f"{result['remote_commands']} remote commands a node")
     return 0 if result["ok"] else 1

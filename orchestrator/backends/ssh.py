@@ -62,6 +62,7 @@ class SshBackend:
         second = docker.pull_and_create(
             spec.image.pinned,
             _create(spec, index, at),
+            run_dir=at.run_dir,
             storage_check=docker.check_storage(at.root, len(spec.nodes), spec.storage.kind),
             credentials=False,
         )

@@ -12,6 +12,7 @@ from orchestrator.cli.state import state
 
 if TYPE_CHECKING:
     from orchestrator.backends.base import Plan
+    from orchestrator.image import BuildPlan
     from orchestrator.runs import Record
     from orchestrator.specs import ImageRef, JobSpec, Node
 
@@ -89,11 +90,13 @@ def deploy(
         env=env or [],
         dry_run=dry_run,
     )
+    image, contents = _content(spec, target)
+    spec = replace(spec, image=image)
     if dry_run:
         _show_plan(_plan(spec), json)
         return
     with Signals() as signals:
-        _deploy(spec, target, inventory, signals, detach=detach, json=json, build=not no_build)
+        _deploy(spec, target, inventory, contents, signals, detach=detach, json=json, build=not no_build)
 
 
 def _spec(
@@ -111,7 +114,7 @@ def _spec(
     env: list[str],
     dry_run: bool,
 ) -> tuple[JobSpec, str, str]:
-    """The job without its image's digest, the target's name and the inventory's path."""
+    """The job without its image, the target's name and the inventory's path."""
     from orchestrator.config import job_name, job_spec
     from orchestrator.specs import Secret, new_run_id
 
@@ -147,7 +150,7 @@ def _spec(
     spec = replace(spec, series=(base if name else series) or spec.run_id)
     if before and again:
         spec = replace(spec, stop=before.spec.get("stop", spec.stop))
-    return replace(spec, image=_content_ref(spec, target.name)), target.name, inventory
+    return spec, target.name, inventory
 
 
 def _environment(words: list[str]) -> dict[str, str]:
@@ -178,13 +181,17 @@ def _nodes(target, nodes: str | None) -> tuple[tuple[Node, ...], str]:
     return inventory.select(nodes), str(inventory.path)
 
 
-def _content_ref(spec: JobSpec, target: str) -> ImageRef | None:
-    """The image by the hash of what goes in; contacts nothing."""
+def _content(spec: JobSpec, target: str) -> tuple[ImageRef | None, BuildPlan | None]:
+    """The image by the hash of what goes in, and what would be built for it; contacts nothing."""
     if spec.backend == "local":
-        return None
-    from orchestrator.workflows.build import content_ref
+        return None, None
+    from orchestrator.workflows.build import build_plan, content_ref
 
-    return content_ref(state().config(), state().target(target))
+    config = state().config()
+    if config.image.ref:
+        return content_ref(config), None
+    plan = build_plan(config, state().target(target))
+    return plan.image, plan
 
 
 def _plan(spec: JobSpec) -> Plan:
@@ -193,17 +200,20 @@ def _plan(spec: JobSpec) -> Plan:
     return backends.make(spec.backend, state().config(), spec.nodes).plan(spec)
 
 
-def _deploy(spec, target: str, inventory: str, signals, *, detach: bool, json: bool, build: bool) -> None:
+def _deploy(spec, target: str, inventory: str, contents, signals, *, detach: bool, json: bool, build: bool) -> None:
     from orchestrator.cli.follow import finish, follow
     from orchestrator.workflows import backends
     from orchestrator.workflows import deploy as workflow
 
     _announce(spec, target)
+    config = state().config()
+    backend = backends.make(spec.backend, config, spec.nodes, connect=True)  # while the image is made
     if spec.image:
         from orchestrator.workflows.build import ensure_image
 
-        spec = replace(spec, image=ensure_image(state().config(), build=build, target=state().target(target), report=output.say))
-    backend = backends.make(spec.backend, state().config(), spec.nodes)
+        chosen = state().target(target)
+        pinned = ensure_image(config, build=build, target=chosen, plan=contents, report=output.say)
+        spec = replace(spec, image=pinned)
     found = workflow.start(backend, backend.plan(spec), state().history(), _notify, target=target, inventory=inventory)
     signals.hold()
     output.say(f"{found.run.id} started on {', '.join(found.run.nodes)}")

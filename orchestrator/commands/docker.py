@@ -9,7 +9,7 @@ from orchestrator.commands.probe import STALE_CREATED_S
 from orchestrator.commands.shell import Raw, join, lines, path, quote, script
 from orchestrator.specs import CONTAINER, LABEL_RUN
 
-NAMED = f"docker ps -aq --no-trunc --filter name={quote(f'^/?{CONTAINER}$')}"
+NAMED = f"docker ps -a --no-trunc --filter name={quote(f'^/?{CONTAINER}$')}"
 
 
 def mount(source: str, target: str, *, readonly: bool = False) -> Raw:
@@ -80,13 +80,15 @@ def clear_ended() -> str:
     A container that was created but never started belongs to a deploy in progress, unless it is old.
     """
     return lines(
-        f"old=$({NAMED} --filter status=exited --filter status=dead)",
-        '[ -z "$old" ] || docker rm $old >/dev/null',
-        f"new=$({NAMED} --filter status=created)",
-        'if [ -n "$new" ]; then',
-        '  age=$(( $(date +%s) - $(date -d "$(docker inspect --format "{{.Created}}" "$new")" +%s) ))',
-        f'  [ "$age" -lt {STALE_CREATED_S} ] || docker rm "$new" >/dev/null',
-        "fi",
+        f"old=$({NAMED} --filter status=exited --filter status=dead --filter status=created "
+        "--format '{{.State}} {{.ID}}')",
+        'case "$old" in',
+        '  "") ;;',
+        '  "created "*)',
+        '    age=$(( $(date +%s) - $(date -d "$(docker inspect --format "{{.Created}}" "${old#* }")" +%s) ))',
+        f'    [ "$age" -lt {STALE_CREATED_S} ] || docker rm "${{old#* }}" >/dev/null;;',
+        '  *) docker rm "${old#* }" >/dev/null;;',
+        "esac",
     ).rstrip("\n")
 
 
@@ -101,14 +103,19 @@ def check_storage(root: str, nodes: int, kind: str) -> str:
     ).rstrip("\n")
 
 
-def pull_and_create(image: str, create: str, *, storage_check: str, credentials: bool) -> str:
-    """The second of a deploy's three remote commands; prints the holder when the name is taken."""
+def pull_and_create(image: str, create: str, *, run_dir: str, storage_check: str, credentials: bool) -> str:
+    """The second of a deploy's three remote commands.
+
+    A rollback may come while the engine is at work on `create`, and find no container yet: then the run's
+    folder is gone afterwards, and the container goes too. (One that comes later finds the container.)
+    """
     return script(
         "export LC_ALL=C",
         storage_check,
         pull(image, credentials=credentials),
         clear_ended(),
-        create,
+        f"id=$({create})",
+        f'[ -e {path(run_dir)}/container ] || {{ docker rm "$id" >/dev/null; echo "it was rolled back" >&2; exit 1; }}',
     )
 
 

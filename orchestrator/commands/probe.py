@@ -86,16 +86,21 @@ def facts(output: str, sent_ns: int = 0, received_ns: int = 0) -> Facts:
 
 
 def preflight(request: Request) -> str:
-    """The script that answers `request`; it ends with status 0 whatever it finds."""
+    """The script that answers `request`; it ends with status 0 whatever it finds.
+
+    What takes time (the engine, the GPUs' driver, the way to the head) is asked all at once; each answers in lines
+    that are written whole, and the one text block comes after all of them.
+    """
     parts = ["set -u", "export LC_ALL=C", SAY, 'say clock "$(date +%s%N)"', 'say home "$HOME"', 'say user "$(id -un)"']
-    if request.docker:
-        parts += _engine(request.image)
+    slow = _engine(request.image) if request.docker else []
+    slow.append('say gpus "$(nvidia-smi -L 2>/dev/null | grep -c "^GPU")"')
+    if request.reach:
+        slow.append(_reach(*request.reach))
+    parts += [f"{{ {each}; }} &" for each in slow]
     parts += [
-        'say gpus "$(nvidia-smi -L 2>/dev/null | grep -c "^GPU")"',
+        "gpu_processes=$(nvidia-smi --query-compute-apps=pid,used_memory,name --format=csv,noheader 2>/dev/null)",
         'say cpus "$(getconf _NPROCESSORS_ONLN)"',
         "say memory_kb \"$(awk '/^MemAvailable/{print $2}' /proc/meminfo)\"",
-        'echo "orch.text gpu_processes"; nvidia-smi --query-compute-apps=pid,used_memory,name '
-        "--format=csv,noheader 2>/dev/null || :; echo orch.end",
     ]
     for folder in request.folders:
         target = path(folder)
@@ -108,22 +113,22 @@ def preflight(request: Request) -> str:
         parts.append(f"[ -e {path(mount)} ] || say missing {path(mount)}")
     if request.listen_port:
         parts.append(_listening(request.listen_port))
-    if request.reach:
-        parts.append(_reach(*request.reach))
-    return lines(*parts)
+    return lines(*parts, "wait", 'printf "orch.text gpu_processes\\n%s\\norch.end\\n" "$gpu_processes"')
 
 
 def _engine(image: str) -> list[str]:
+    """One call of the client each: it is what costs. Only `docker version` words an engine that does not answer."""
     holder = (
         f"docker ps -a --no-trunc --filter name={quote(f'^/?{CONTAINER}$')} "
         '--format \'{{.State}}|{{.Label "orch.run"}}|{{.Label "orch.operator"}}|{{.ID}}|{{.CreatedAt}}\''
     )
     parts = [
-        "if out=$(docker version --format '{{.Server.Version}}' 2>&1); then say engine \"$out\"; "
+        "if out=$(docker info --format '{{.ServerVersion}}|{{.DockerRootDir}}' 2>/dev/null) && "
+        '[ -n "${out%%|*}" ]; then say engine "${out%%|*}"; '
+        'say engine_disk_kb "$(df -Pk -- "${out#*|}" 2>/dev/null | awk \'NR==2{print $4}\')"; '
+        "elif out=$(docker version --format '{{.Server.Version}}' 2>&1); then say engine \"$out\"; "
         'else say engine_error "$(printf %s "$out" | tail -n 1)"; fi',
         f'say holder "$({holder} 2>/dev/null | head -n 1)"',
-        "root=$(docker info --format '{{.DockerRootDir}}' 2>/dev/null) && "
-        'say engine_disk_kb "$(df -Pk -- "$root" 2>/dev/null | awk \'NR==2{print $4}\')"',
     ]
     if image:
         parts.append(

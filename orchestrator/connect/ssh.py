@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from orchestrator.commands import shell
 from orchestrator.connect import known_hosts, tcp
 from orchestrator.connect.base import Completed, Host, Stream
 from orchestrator.connect.endpoint import Endpoint, jump_node, resolve
+from orchestrator.connect.fanout import fanout
 from orchestrator.connect.forward import Relay
 from orchestrator.connect.known_hosts import HostKey
 from orchestrator.connect.session import Session, SshStream, communicate
@@ -145,6 +147,14 @@ class SshConnector:
         host = self._host(node, timeout)
         host.transport(time.monotonic() + timeout)
         return host
+
+    def open(self, nodes: Sequence[Node]) -> None:
+        """Begins to connect to all `nodes` in the background, so that other work need not wait for it.
+
+        Whatever fails shows at the first use of that node, which tries again.
+        """
+        job = partial(fanout, list(nodes), self.connect, deadline=30.0, what="connect")
+        threading.Thread(target=job, name="connect early", daemon=True).start()
 
     def close(self) -> None:
         with self._lock:

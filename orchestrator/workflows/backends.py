@@ -13,13 +13,19 @@ if TYPE_CHECKING:
     from orchestrator.specs import ImageRef, Node, Secret
 
 
-def make(name: str, config: Config, nodes: Sequence[Node]) -> Backend:
-    """The backend called `name`, ready to talk to `nodes`. Raises ConfigError for one that does not exist."""
+def make(name: str, config: Config, nodes: Sequence[Node], *, connect: bool = False) -> Backend:
+    """The backend called `name`, ready to talk to `nodes`. Raises ConfigError for one that does not exist.
+
+    With `connect` it connects to them in the background from now on; otherwise it contacts nothing until it is used.
+    """
     if name == "ssh":
         from orchestrator.backends.ssh import SshBackend
         from orchestrator.connect.ssh import SshConnector
 
-        return SshBackend(SshConnector({node.name: node for node in nodes}), credentials=_credentials)
+        connector = SshConnector({node.name: node for node in nodes})
+        if connect:
+            connector.open(nodes)
+        return SshBackend(connector, credentials=_credentials)
     if name == "local":
         from orchestrator.backends.local import LocalBackend
         from orchestrator.connect.local import LocalConnector

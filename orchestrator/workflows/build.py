@@ -96,10 +96,11 @@ def ensure_image(
     push: bool = True,
     build: bool = True,
     target: Target | None = None,
+    plan: image.BuildPlan | None = None,
     report: Report = lambda _line: None,
 ) -> ImageRef:
     """The image of `config`, built and pushed if it was not there, pinned by digest. See `build_image`."""
-    return build_image(config, push=push, build=build, target=target, report=report).image
+    return build_image(config, push=push, build=build, target=target, plan=plan, report=report).image
 
 
 def build_image(
@@ -109,17 +110,19 @@ def build_image(
     build: bool = True,
     force: bool = False,
     target: Target | None = None,
+    plan: image.BuildPlan | None = None,
     report: Report = lambda _line: None,
 ) -> BuildResult:
     """Does what is left to do: nothing if the registry has the content tag, a push if only the engine has it.
 
+    `plan` is what `build_plan` gave, where it has been asked before: the image announced is then the one that is made.
     `build=False` refuses to build; `force` builds and pushes in any case (for a base that has moved on).
     Raises UsageError (`build=False` and no image), BuildError, RegistryError, ConfigError.
     """
     started = time.monotonic()
     if config.image.ref:
         return BuildResult(_as_is(config.image.ref, report), False, False, time.monotonic() - started)
-    plan = build_plan(config, target)
+    plan = plan or build_plan(config, target)
     # The registry comes first: if it is down, that should be said before minutes of building.
     found = registry.digest(plan.image) if push else None
     if found and not force:

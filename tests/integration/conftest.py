@@ -27,7 +27,7 @@ import pytest
 import yaml
 
 from orchestrator.errors import DeadlineError
-from orchestrator.sim import base, engine, faults, plugins
+from orchestrator.sim import base, engine, faults, health, plugins
 from orchestrator.sim import cluster as sim
 from orchestrator.sim.compose import LABEL, LABEL_PROJECT
 
@@ -184,6 +184,11 @@ class Rig:
         assert done.returncode == 0, f"{node}: {script}: {done.stderr}"
         return done.stdout
 
+    def answers(self, node: str) -> bool:
+        """Whether the node and its engine are up."""
+        up = health.containers(self.cluster).get(node, ("", ""))[0] == "running"
+        return up and health.engine_answers(self.cluster, node)
+
     def log(self, node: str, run: str) -> str:
         return self.on(node, f"cat ~/.orch/runs/{run}/log 2>/dev/null || :")
 
@@ -202,7 +207,7 @@ class Rig:
         return [node for node in self.cluster.nodes if f"orch running {run}" in self.containers(node)]
 
     def processes(self, node: str, pattern: str) -> list[str]:
-        """Command lines of the live processes on `node` that match, `pattern` being written so as not to match itself."""
+        """Command lines of the live processes on `node` that match `pattern`, which must not match itself."""
         return self.on(node, f"pgrep -af {pattern!r} || :", root=True).splitlines()
 
     def traces(self, name: str) -> list[str]:

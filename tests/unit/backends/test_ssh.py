@@ -103,37 +103,40 @@ def test_a_failure_on_one_of_three_nodes_leaves_nothing_anywhere(cluster, fault,
     assert rolled >= {"n1", "n3"}
 
 
-def test_foreign_containers_are_not_touched(cluster) -> None:
+def test_foreign_containers_are_not_touched(make_cluster) -> None:
+    cluster = make_cluster(2)
     image = "registry.example.com/demo:v1"
     for name in cluster.hosts:
         cluster[name].run(f"docker create --name theirs --label orch.run=theirs-1 {image} && docker start theirs")
-    cluster["n3"].fail("start", "boom")
+    cluster["n2"].fail("start", "boom")
     refuse(cluster, RemoteError)
     assert cluster.containers() == {name: [("theirs-1", "running")] for name in cluster.hosts}
 
 
-def test_a_node_that_another_run_holds(cluster) -> None:
+def test_a_node_that_another_run_holds(make_cluster) -> None:
+    cluster = make_cluster(2)
     cluster["n2"].run(
         "docker create --name orch --label orch.run=other-1 --label orch.operator=ann@lab "
         "registry.example.com/demo:v1 && docker start orch"
     )
     error = refuse(cluster, LeaseError)
     assert str(error) == "n2: busy: other-1 (running, started by ann@lab)" and error.exit_code == 4
-    assert cluster.containers() == {**NOTHING, "n2": [("other-1", "running")]}
+    assert cluster.containers() == {"n1": [], "n2": [("other-1", "running")]}
     assert cluster.files() == []
 
 
-def test_two_deploys_at_once_the_engine_decides(cluster) -> None:
+def test_two_deploys_at_once_the_engine_decides(make_cluster) -> None:
     """Both passed the preflight; the other's container came first."""
+    cluster = make_cluster(2)
     plan = cluster.plan()
 
     def tell(node: str, text: str) -> None:
-        if node == "n3" and text.startswith("preparing"):
-            cluster["n3"].run("docker create --name orch --label orch.run=other-1 registry.example.com/demo:v1")
+        if node == "n2" and text.startswith("preparing"):
+            cluster["n2"].run("docker create --name orch --label orch.run=other-1 registry.example.com/demo:v1")
 
-    with pytest.raises(LeaseError, match="n3: another run took the node"):
+    with pytest.raises(LeaseError, match="n2: another run took the node"):
         cluster.backend.submit(plan, tell)
-    assert cluster.containers() == {**NOTHING, "n3": [("other-1", "created")]}
+    assert cluster.containers() == {"n1": [], "n2": [("other-1", "created")]}
 
 
 def test_an_ended_run_frees_its_node(make_cluster) -> None:

@@ -204,7 +204,7 @@ def test_storage_is_what_the_configuration_says(machine, marks, nodes: int, kind
 
 
 def test_the_second_command_makes_a_container_and_starting_it_works(host: FakeHost) -> None:
-    second = docker.pull_and_create(IMAGE, create(), storage_check="", credentials=False)
+    second = docker.pull_and_create(IMAGE, create(), run_dir="~/runs/r-1", storage_check="", credentials=False)
     assert host.run(second).ok
     (made,) = host.containers
     assert (host.home / "runs/r-1/container").read_text() == made["Id"]
@@ -214,6 +214,19 @@ def test_the_second_command_makes_a_container_and_starting_it_works(host: FakeHo
     (host.home / "runs/r-1/container").unlink()
     again = host.run(second)
     assert not again.ok and "is already in use by container" in again.stderr
+
+
+def test_a_container_made_while_its_run_is_rolled_back_goes_too(machine) -> None:
+    run = machine.home / "runs/r-1"
+    run.mkdir(parents=True)
+    (run / "container").write_text("abc")
+    second = docker.pull_and_create(IMAGE, create(), run_dir="~/runs/r-1", storage_check="", credentials=False)
+    machine.recording("docker", '[ "$1" != create ] || echo abc')
+    assert machine.run(second).returncode == 0 and ["docker", "rm", "abc"] not in machine.words
+    machine.recording("docker", f'[ "$1" != create ] || {{ rm -r {str(run)!r}; echo abc; }}')
+    done = machine.run(second)
+    assert (done.returncode, done.stderr) == (1, "it was rolled back\n")
+    assert machine.words[-1] == ["docker", "rm", "abc"]
 
 
 def test_rollback_removes_this_run_and_nothing_else(host: FakeHost) -> None:

@@ -94,7 +94,7 @@ def test_what_a_node_says_of_itself(machine) -> None:
     )
     machine.command(
         "docker",
-        'case "$1" in version) echo 28.2.2;; info) echo /;; '
+        'case "$1" in info) echo "28.2.2|/";; '
         'ps) echo "running|other-run|ann@lab|abc|x";; *) exit 1;; esac',
     )
     found = facts(machine.run(preflight(Request(folders=("~/runs",), image="i:1"))).stdout)
@@ -106,6 +106,27 @@ def test_what_a_node_says_of_itself(machine) -> None:
     assert isinstance(lease, LeaseError) and lease.exit_code == 4
     assert lease.message == "busy: other-run (running, started by ann@lab)"
     assert stray.message == "1 other process(es) hold its GPUs: 41, 900 MiB, python"
+
+
+@pytest.mark.parametrize("info", ["exit 1", "echo '|'"])  # how newer and older clients say that no engine answers
+def test_an_engine_that_is_silent(machine, info: str) -> None:
+    machine.command(
+        "docker", f'case "$1" in info) {info};; *) echo "Warning: x" >&2; echo "Cannot connect" >&2; exit 1;; esac'
+    )
+    found = facts(machine.run(preflight(Request(image="i:1"))).stdout)
+    (problem,) = judge(found, node="n1")
+    assert problem.message == "the Docker engine does not answer: Cannot connect"
+
+
+def test_what_is_slow_is_asked_at_once(machine) -> None:
+    """Each waits until the other has begun: one after the other, neither would end."""
+    wait = 'touch "$HOME"/{mine}; until [ -e "$HOME"/{other} ]; do :; done; echo {mine}'
+    machine.command("docker", 'if [ "$1" = ps ]; then ' + wait.format(mine="ps", other="gpu") + "; fi")
+    machine.command("nvidia-smi", '[ "$1" = -L ] || { ' + wait.format(mine="gpu", other="ps") + "; }")
+    done = machine.run(preflight(Request(image="i:1")))
+    found = facts(done.stdout)
+    assert done.returncode == 0 and found.get("holder") == "ps"
+    assert probe.stray_gpu_processes(found) == ["gpu"]
 
 
 def test_a_folder_that_cannot_be_made(machine) -> None:

@@ -19,7 +19,6 @@ INT, TERM, HUP = 2, 15, 1
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch) -> None:
     monkeypatch.setattr(attach, "SECOND_CTRL_C_S", 0.03)
-    monkeypatch.setattr(attach, "DRAIN_S", 0.05)
 
 
 class Terminal:
@@ -113,7 +112,8 @@ def test_one_ctrl_c_stops_the_run_after_a_while(terminal) -> None:
 
 
 @pytest.mark.parametrize("second", [INT, TERM, HUP])
-def test_a_second_one_in_time_detaches(terminal, second: int) -> None:
+def test_a_second_one_in_time_detaches(terminal, second: int, monkeypatch) -> None:
+    monkeypatch.setattr(attach, "SECOND_CTRL_C_S", 10.0)
     one = terminal()
     one.types_when(("Ctrl-C again within", second))
     one.type(INT)
@@ -152,7 +152,8 @@ def test_term_and_hup_detach_at_once(terminal, signum: int) -> None:
     assert one.attachment._closing.is_set()
 
 
-def test_a_run_that_ends_in_the_meantime_is_not_stopped(terminal) -> None:
+def test_a_run_that_ends_in_the_meantime_is_not_stopped(terminal, monkeypatch) -> None:
+    monkeypatch.setattr(attach, "SECOND_CTRL_C_S", 10.0)
     one = terminal(("n1",))
     one.on_tell = lambda text: one.backend.ends("n1")
     one.type(INT)
@@ -184,8 +185,7 @@ def test_a_node_that_cannot_be_asked_to_stop_is_named(terminal) -> None:
     assert ("n2", "could not be asked to stop: the connection broke") in one.told
 
 
-def test_logs_that_drop_are_told_of(terminal, new_line, monkeypatch) -> None:
-    monkeypatch.setattr(attach, "DRAIN_S", 5.0)
+def test_logs_that_drop_are_told_of(terminal, new_line) -> None:
     one = terminal(("n1",))
     cut = new_line(b"0\tone\n", ConnectionLost("cut"))
     one.backend.logs["n1"] = [cut, new_line(b"0\ttwo\n", b"")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import ConnectError, UnreachableError
@@ -93,7 +93,7 @@ def test_cause_and_victims() -> None:
     assert json.loads(json.dumps(shown)) == shown
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_order_of_the_nodes_and_any_clocks_give_the_same_cause(data: st.DataObject) -> None:
     count = data.draw(st.integers(2, 5))
@@ -120,6 +120,7 @@ def test_any_order_of_the_nodes_and_any_clocks_give_the_same_cause(data: st.Data
     assert len(found.victims) == 2 * count - 1
 
 
+@settings(deadline=None)
 @given(st.permutations([("n1", 0), ("n2", 2), ("n3", 4)]))
 def test_a_tie_is_broken_the_same_way_in_any_order(order: list) -> None:
     results = by_name(*(node(name, rank(number, 1, "ValueError", name, at=1)) for name, number in order))

@@ -1,0 +1,180 @@
+"""All figures, each side by side in one run: `make bench`, or one script alone.
+
+    python benchmarks/run.py [--only NAME]… [--markdown | --json] [--sim NAME] [--quick]
+
+About five minutes on two idle cores. Ends with 1 if a figure misses its target. `--markdown` prints the table of
+docs/benchmarks.md, with the machine and the day.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+PATIENCE = 1200
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    figure: str
+    ours: str
+    other: str
+    ratio: str
+    target: str
+    ok: bool | None = None
+    """None where a figure has no target."""
+
+
+def help_startup(result: dict) -> list[Row]:
+    ours, base = result["best_wall_ms"]["orch --help"], result["best_wall_ms"]["python -c pass"]
+    target = f"+ {result['limit_ms']:.0f} ms"
+    said = f"{result['ratio']:.1f}× (+ {result['over_ms']:.0f} ms)"
+    return [Row("`orch --help` / `python -c pass`", f"{ours:.0f} ms", f"{base:.0f} ms", said, target, result["ok"])]
+
+
+def _compared(figure: str, result: dict) -> Row:
+    target = "1.2× or + 0.5 s"
+    said = f"{result['ratio']:.2f}× ({result['over_s']:+.2f} s)"
+    return Row(figure, f"{result['orch_s']:.2f} s", f"{result['script_s']:.2f} s", said, target, result["ok"])
+
+
+def deploy(result: dict) -> list[Row]:
+    commands, floor = result["remote_commands"], result["floor_s"]
+    return [
+        _compared("warm `orch deploy`, to last container started / same by script", result),
+        Row("… / bare `ssh docker run -d`", f"{result['orch_s']:.2f} s", f"{floor:.2f} s",
+            f"{result['orch_s'] / floor:.2f}× ({result['orch_s'] - floor:+.2f} s)", ""),
+        Row("… remote commands a node", str(commands), "", "", "3", commands <= 3),
+    ]  # fmt: skip
+
+
+def edit_to_step(result: dict) -> list[Row]:
+    return [_compared("edit one line → first training step / same by script", result)]
+
+
+def build_push(result: dict) -> list[Row]:
+    rows = []
+    for name, row in result.items():
+        more = row["orch"] - row["docker"]
+        said = f"{row['orch'] / row['docker']:.2f}× ({more:+.2f} s)"
+        figure = f"`orch build`, {name} / `docker build` + `push`"
+        rows.append(Row(figure, f"{row['orch']:.2f} s", f"{row['docker']:.2f} s", said, ""))
+    return rows
+
+
+def log_stream(result: list[dict]) -> list[Row]:
+    rows = []
+    for count in sorted({row["sources"] for row in result}):
+        found = {row["variant"]: row for row in result if row["sources"] == count}
+        cat, plain = found["cat"]["klines_per_s"], found["plain"]
+        said = f"{plain['times_cat']:.2f}× the time"
+        ours = f"{plain['klines_per_s']} k lines/s"
+        rows.append(Row(f"log lines of {count} node(s), prefixed / `cat`", ours, f"{cat} k lines/s", said, ""))
+    return rows
+
+
+@dataclass(frozen=True)
+class Part:
+    """A script with --json, and what of its answer goes into the table."""
+
+    rows: Callable[[Any], list[Row]]
+    arguments: tuple[str, ...]
+    quick: tuple[str, ...]
+    cluster: bool = False
+
+
+PARTS = {
+    "help_startup": Part(help_startup, ("--repeat", "20"), ("--repeat", "5")),
+    "deploy": Part(deploy, ("--rounds", "7"), ("--rounds", "2"), cluster=True),
+    "edit_to_step": Part(edit_to_step, ("--rounds", "5"), ("--rounds", "1"), cluster=True),
+    "build_push": Part(build_push, ("--rounds", "5"), ("--rounds", "1")),
+    "log_stream": Part(log_stream, ("--lines", "400000"), ("--lines", "100000", "--repeat", "1")),
+}
+
+
+def measure(name: str, given: argparse.Namespace) -> Any:
+    """The script's JSON. Its exit code only says that a target was missed, which the table says too."""
+    part = PARTS[name]
+    argv = [sys.executable, str(HERE / f"{name}.py"), "--json", *(part.quick if given.quick else part.arguments)]
+    if part.cluster:
+        argv += ["--sim", given.sim, "--project", str(given.project)]
+    if name == "build_push":
+        argv += ["--repository", f"{_registry(given)}/bench"]
+    done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, timeout=PATIENCE, check=False)
+    try:
+        return json.loads(done.stdout)
+    except ValueError:
+        sys.exit(f"{name}.py ended with {done.returncode} and no result")
+
+
+def _registry(given: argparse.Namespace) -> str:
+    sys.path.insert(0, str(HERE.parent))
+    from orchestrator.errors import OrchError
+    from orchestrator.sim.cluster import load
+
+    try:
+        return load(given.sim, given.project).registry
+    except OrchError as error:
+        sys.exit(f"{error}; {error.hint}")
+
+
+def _machine() -> str:
+    """The machine and how busy others keep it, without which seconds say nothing."""
+    load = os.getloadavg()[0]
+    day = time.strftime("%Y-%m-%d")
+    return f"{os.cpu_count()} CPUs, {platform.system()} {platform.machine()}, Python {platform.python_version()}, " + (
+        f"load before the start {load:.1f}, {day}"
+    )
+
+
+def _marks(row: Row) -> str:
+    return {True: "met", False: "MISSED", None: ""}[row.ok]
+
+
+def _table(rows: list[Row], *, markdown: bool) -> str:
+    head = ("figure (ours / other)", "ours", "other", "ratio", "target", "")
+    cells = [head, *((row.figure, row.ours, row.other, row.ratio, row.target, _marks(row)) for row in rows)]
+    if markdown:
+        lines = ["| " + " | ".join(row) + " |" for row in cells]
+        return "\n".join([lines[0], "|---|---:|---:|---:|---|---|", *lines[1:]])
+    widths = [max(len(row[at]) for row in cells) for at in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=list(PARTS), help="repeatable; all when left out")
+    parser.add_argument("--sim", default="sim", metavar="NAME", help="simulated cluster, as in `orch sim up --name`")
+    parser.add_argument("--project", type=Path, default=HERE.parent, help="the folder in which it was started")
+    parser.add_argument("--quick", action="store_true", help="few rounds: shows that everything runs, no figures")
+    style = parser.add_mutually_exclusive_group()
+    style.add_argument("--markdown", action="store_true")
+    style.add_argument("--json", action="store_true", help="everything that was measured")
+    given = parser.parse_args()
+    machine, results, rows = _machine(), {}, []
+    for name in given.only or PARTS:
+        begun = time.monotonic()
+        results[name] = measure(name, given)
+        rows += PARTS[name].rows(results[name])
+        print(f"{name}: {time.monotonic() - begun:.0f} s", file=sys.stderr)
+    if given.json:
+        print(json.dumps({"machine": machine, **results}))
+    else:
+        print(f"{_table(rows, markdown=given.markdown)}\n\n{machine}")
+    return 1 if any(row.ok is False for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
