@@ -98,6 +98,7 @@ def _docker(plain: Path, repository: str, tag: str) -> None:
 
 def _run(argv: list[str], folder: Path) -> str:
     env = {**os.environ, "PYTHONPATH": str(folder), "DOCKER_BUILDKIT": "1"}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed orch is compiled
     done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, timeout=1800, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(argv)} failed:\n{done.stderr[-3000:]}")

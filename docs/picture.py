@@ -4,7 +4,8 @@
     python docs/picture.py draw docs/images/deploy.svg out.ansi --title "orch deploy" --keep 24 --keep-end 22
 
 `record` keeps every byte that the terminal got, below a prompt line with the command. `draw` leaves out only what
-lies between the first `--keep` and the last `--keep-end` lines, and says so in a line of its own. It knows colours and nothing else of terminals: build the image before, progress bars redraw their lines.
+lies between the first `--keep` and the last `--keep-end` lines, and says so in a line of its own. It knows colours
+and nothing else of terminals: build the image before, because progress bars redraw their lines.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ OrchError                      exit 1   the root; the command line catches it in
 ├── JobFailed                  exit 1   the job itself failed
 ├── Preempted                  exit 75  stopped after a checkpoint; resume is possible
 ├── Interrupted                exit 130 INT (143 for TERM)
+│   └── Detached               exit 130 the operator's process leaves; the run goes on
 └── NodesFailed                worst    several nodes failed; holds each node's error
 """
 
@@ -122,6 +123,10 @@ class Interrupted(OrchError):
     def __init__(self, message: str, *, signum: int = 2, **rest) -> None:
         super().__init__(message, **rest)
         self.exit_code = 128 + signum
+
+
+class Detached(Interrupted):
+    """The operator's process leaves; the run goes on."""
 
 
 class NodesFailed(OrchError):

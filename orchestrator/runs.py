@@ -60,6 +60,8 @@ class Record:
     inventory: str = ""
     storage: Storage = field(default_factory=Storage)
     spec: Mapping[str, Any] = field(default_factory=dict)
+    started: bool = True
+    """False for a run that was refused or rolled back: nothing of it is on the nodes."""
 
     def at(self, state: RunState, **changes: Any) -> Record:
         """The same record with its run in another state."""
@@ -119,6 +121,7 @@ class History:
             "inventory": record.inventory,
             "storage": asdict(record.storage),
             "spec": dict(record.spec),
+            "started": record.started,
         }
         row = (
             run.id,
@@ -143,24 +146,6 @@ class History:
                 (run.state.value, run.exit_code, run.ended, run.attempt, run.id),
             )
 
-    def adopt(self, record: Record) -> Record:
-        """Takes in a run that the nodes told of: adds it if it is new, else only its state; returns what is kept."""
-        known = self.get(record.run.id)
-        if known is None:
-            self.record(record)
-            return record
-        seen = record.run
-        merged = replace(
-            known.run,
-            state=seen.state,
-            exit_code=seen.exit_code,
-            ended=seen.ended if seen.ended is not None or not seen.state.is_terminal else known.run.ended,
-            attempt=seen.attempt,
-        )
-        kept = replace(known, run=merged, dirs={**known.dirs, **record.dirs})
-        self.record(kept)
-        return kept
-
     def get(self, run_id: str) -> Record | None:
         """The record with exactly this id."""
         row = self._database.execute(f"SELECT {_COLUMNS} FROM runs WHERE id = ?", (run_id,)).fetchone()
@@ -174,14 +159,14 @@ class History:
         return [_record(row) for row in rows]
 
     def find(self, prefix: str | None = None) -> Record:
-        """The run whose id begins with `prefix`; without one the latest. Raises UsageError for none or several."""
+        """The run whose id begins with `prefix`; without one the latest that was started. Raises UsageError."""
         if prefix is None:
-            latest = self.list(1)
-            if not latest:
-                raise UsageError(
-                    "there is no run yet", hint="`orch deploy` starts one; `orch ps` looks for runs on the nodes"
-                )
-            return latest[0]
+            for record in self.list():
+                if record.started:
+                    return record
+            raise UsageError(
+                "there is no run yet", hint="`orch deploy` starts one; `orch ps` looks for runs on the nodes"
+            )
         exact = self.get(prefix)
         if exact is not None:
             return exact
@@ -279,4 +264,5 @@ def _record(row: tuple[Any, ...]) -> Record:
         inventory=more["inventory"],
         storage=Storage(**more["storage"]),
         spec=more["spec"],
+        started=more["started"],
     )

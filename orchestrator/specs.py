@@ -30,7 +30,7 @@ LABEL_JOB = "orch.job"
 """Name, attempt, number of nodes and image of the run, as compact JSON."""
 
 
-class RunState(str, enum.Enum):
+class RunState(enum.StrEnum):
     PENDING = "pending"
     STARTING = "starting"
     RUNNING = "running"
@@ -44,9 +44,6 @@ class RunState(str, enum.Enum):
     @property
     def is_terminal(self) -> bool:
         return self in _TERMINAL
-
-    def __str__(self) -> str:
-        return self.value
 
 
 _TERMINAL = {RunState.SUCCEEDED, RunState.FAILED, RunState.STOPPED, RunState.PREEMPTED, RunState.LOST}

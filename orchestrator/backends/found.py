@@ -52,10 +52,10 @@ def node_status(report: Report, node: str, index: int) -> NodeStatus:
 
 
 def exit_code(state: RunState, results: Iterable[NodeResult | None]) -> int | None:
-    """The run's exit code: the worst of its nodes', 0 and 75 only if all agree or end so."""
+    """The run's exit code: fixed by its state, or the first of the nodes that are in it (1, 127, 143 …)."""
     if not state.is_terminal:
         return None
-    fixed = {RunState.SUCCEEDED: 0, RunState.PREEMPTED: 75}
+    fixed = {RunState.SUCCEEDED: 0, RunState.PREEMPTED: 75, RunState.LOST: 3}
     if state in fixed:
         return fixed[state]
     codes = [result.exit_code for result in results if result and result.state is state]

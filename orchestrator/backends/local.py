@@ -39,8 +39,9 @@ class LocalBackend:
         at = job.places(spec, 0, container=False)
         files = job.files(spec, 0, at, LAUNCHER.read_bytes(), container=False)
         request = probe.Request(folders=job.folders(at), docker=False)
+        first = job.claim(at) + probe.preflight(request) + job.stage_script(spec, at)
         steps = (
-            Step("preflight and stage", probe.preflight(request) + job.stage_script(spec, at), 45, "a tar archive"),
+            Step("preflight and stage", first, 45, "a tar archive"),
             Step("start", start(at.run_dir, self._python, self._workdir), 30),
         )
         work = job.job(spec, 0, at, container=False)
@@ -59,7 +60,7 @@ class LocalBackend:
                 raise RemoteError(f"the launcher did not start: {why[0]}", node=node.node.name)
         except BaseException:
             at = job.places(plan.spec, 0, container=False)
-            empty = f"rmdir -- {path(at.checkpoints)} 2>/dev/null"
+            empty = f"[ ! -e {path(at.root)}/nodes/.fresh ] || rmdir -- {path(at.checkpoints)} 2>/dev/null"
             host.run(lines(_kill(node.run_dir), empty, f"rm -rf -- {path(at.root)}"), timeout=30)
             raise
 

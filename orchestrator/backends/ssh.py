@@ -58,7 +58,7 @@ class SshBackend:
         node, at = spec.nodes[index], job.places(spec, index)
         files = job.files(spec, index, at, launcher)
         secret = ", secrets.env" if spec.secrets else ""
-        first = probe.preflight(_request(spec, index, at)) + job.stage_script(spec, at)
+        first = job.claim(at) + probe.preflight(_request(spec, index, at)) + job.stage_script(spec, at)
         second = docker.pull_and_create(
             spec.image.pinned,
             _create(spec, index, at),
@@ -154,15 +154,14 @@ class SshBackend:
         done = host.run(plan.steps[2].command, timeout=plan.steps[2].timeout)
         if not done.ok:
             raise RemoteError(
-                f"the container did not start: {_last(done)}",
-                hint="`docker inspect orch` there says more",
-                lines=done.stderr.splitlines()[-10:],
+                f"the container did not start: {docker.refusal(done.stderr) or _last(done)}",
+                hint="if it names a mount or a device, see run.mounts in orch.yaml and what that node has there",
             )
 
     def _rollback(self, plan: Plan, tell: Report) -> None:
         """Twice: a command that was still on its way when the first pass ran finds its folder gone, or is cleared."""
         spec, at = plan.spec, job.places(plan.spec, 0)
-        undo = docker.rollback(spec.run_id, at.root, at.checkpoints if spec.series == spec.run_id else "")
+        undo = docker.rollback(spec.run_id, at.root, at.checkpoints)
 
         def one(each: Node) -> None:
             tell(each.name, "rolling back")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -214,7 +216,8 @@ def _deploy(spec, target: str, inventory: str, contents, signals, *, detach: boo
         chosen = state().target(target)
         pinned = ensure_image(config, build=build, target=chosen, plan=contents, report=output.say)
         spec = replace(spec, image=pinned)
-    found = workflow.start(backend, backend.plan(spec), state().history(), _notify, target=target, inventory=inventory)
+    phases = _Phases(spec.nodes)
+    found = workflow.start(backend, backend.plan(spec), state().history(), phases, target=target, inventory=inventory)
     signals.hold()
     output.say(f"{found.run.id} started on {', '.join(found.run.nodes)}")
     if detach:
@@ -237,11 +240,24 @@ def _announce(spec: JobSpec, target: str) -> None:
     output.say(f"deploying {spec.run_id} to {target} ({names}; {shape}) with {image}")
 
 
-def _notify(node: str, text: str) -> None:
-    if node:
-        output.node_line(node, text)
-    else:
-        output.say(text)
+class _Phases:
+    """The phases of a start, one line each however many nodes there are; what concerns one node is told of it."""
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self._names = ", ".join(node.name for node in nodes)
+        self._told: set[str] = set()
+        self._lock = threading.Lock()
+
+    def __call__(self, node: str, text: str) -> None:
+        with self._lock:
+            first = text not in self._told
+            self._told.add(text)
+        if not node:
+            output.say(text)
+        elif text.startswith("not "):
+            output.node_line(node, text)
+        elif first:
+            output.say(f"{text} ({self._names})")
 
 
 def _show_plan(plan: Plan, json: bool) -> None:

@@ -244,9 +244,8 @@ def prune(
 
     backend, nodes, found = prunable(state().config(), state().target(on), state().inventory, keep)
     for each in found:
-        output.say(
-            f"{'would remove' if dry_run else 'remove'} {each.run.id} ({each.run.state}, {output.ago(each.run.started)})"
-        )
+        what = f"{each.run.id} ({each.run.state}, {output.ago(each.run.started)})"
+        output.say(f"{'would remove' if dry_run else 'remove'} {what}")
     if dry_run or not found:
         output.say("nothing to remove" if not found else f"{len(found)} runs")
         return

@@ -53,7 +53,8 @@ def down(
         bool, typer.Option("--keep-disks", help="Keep the nodes' disks, the registry's images and the keys.")
     ] = False,
     images: Annotated[
-        bool, typer.Option("--images", help="Also remove the images built here: nodes, bases, jobs, and the build cache.")
+        bool,
+        typer.Option("--images", help="Also remove the images built here: nodes, bases, jobs, and the build cache."),
     ] = False,
     engine: Annotated[
         bool, typer.Option("--engine", help="Also stop the Docker engine, if `orch sim up` started it by hand.")

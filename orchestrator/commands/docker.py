@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 
 from orchestrator.commands.probe import STALE_CREATED_S
@@ -123,16 +124,41 @@ def start(run_dir: str) -> str:
     return script(f'docker start "$(cat {path(run_dir)}/container)" >/dev/null')
 
 
+_PASSED_ON = re.compile(
+    r"Error response from daemon: |(failed to create (task|shim task|shim)[^:]*|OCI runtime create failed"
+    r"|(container_linux|process_linux|rootfs_linux)\.go:\d+|runc create failed|starting container process caused"
+    r"|unable to start container process|error during container init): "
+)
+"""What the engine's parts put before a reason when they hand it on."""
+
+
+def refusal(stderr: str) -> str:
+    """Why the engine did not start a container, in its own last word; empty if it is not the engine that spoke.
+
+    >>> refusal("Error response from daemon: OCI runtime create failed: no such device\\nError: failed to start\\n")
+    'no such device'
+    """
+    said = [line for line in stderr.splitlines() if line.startswith("Error response from daemon: ")]
+    return _PASSED_ON.sub("", said[-1]) if said else ""
+
+
 def rollback(run_id: str, root: str, checkpoints: str = "") -> str:
     """Removes this run's container and folder on a node, whatever stage it had reached; nothing else.
 
-    The folder `checkpoints` goes too, if it is empty.
+    The series' folder `checkpoints` goes too, if this run has made it, it is empty, and no other run leads to it.
     """
+    runs = path(root.rpartition("/")[0])
     return lines(
         f"ids=$(docker ps -aq --no-trunc --filter {quote(f'label={LABEL_RUN}={run_id}')}) || ids=",
         'code=0; [ -z "$ids" ] || docker rm -f $ids >/dev/null || code=$?',
-        f"rmdir -- {path(checkpoints)} 2>/dev/null" if checkpoints else "",
-        f'rm -rf -- {path(root)} && [ "$code" = 0 ]',
+        f"fresh=; [ ! -e {path(root)}/nodes/.fresh ] || fresh=yes",
+        f"rm -rf -- {path(root)} || code=$?",
+        f"for l in {runs}/*/checkpoints {runs}/*/*/checkpoints; do "
+        f'[ ! "$l" -ef {path(checkpoints)} ] || fresh=; done; '
+        f'[ -z "$fresh" ] || rmdir -- {path(checkpoints)} 2>/dev/null'
+        if checkpoints
+        else "",
+        '[ "$code" = 0 ]',
     )
 
 

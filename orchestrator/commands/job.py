@@ -144,13 +144,33 @@ def archive(content: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
+def claim(at: Places) -> str:
+    """The beginning of the first command: makes the run's root, with `nodes/.fresh` if the series' folder is new.
+
+    So a rollback knows what it may remove; and when it has removed the root, `stage_script` stages nothing more.
+    """
+    root = path(at.root)
+    return lines(
+        f"claimed=; fresh=; [ -d {path(at.checkpoints)} ] || fresh=yes",
+        f"if (umask 077; mkdir -p -- {root}/nodes) 2>/dev/null; then",
+        f'  claimed=yes; [ -z "$fresh" ] || : > {root}/nodes/.fresh',
+        "fi",
+    )
+
+
 def stage_script(spec: JobSpec, at: Places) -> str:
     """Unpacks the archive and makes the folders that the job expects in its run folder."""
+    gone = lines(
+        f'if [ "${{claimed:-}}" = yes ] && [ ! -d {path(at.root)} ]; then',
+        f'  [ -z "$fresh" ] || rmdir -- {path(at.checkpoints)} 2>/dev/null',
+        '  say stage_error "it was rolled back"; exit 0',
+        "fi",
+    )
     default = spec.storage.checkpoints is None
     up = "../" * (2 + (at.run_dir != at.root))
     target = quote(f"{up}checkpoints/{safe_name(spec.series)}") if default else path(at.checkpoints)
     run = path(at.run_dir)
-    return stage(at.root) + lines(
+    return gone + stage(at.root) + lines(
         f"if out=$(mkdir -p -- {run}/events {run}/errors {run}/tensorboard 2>&1 "
         f"&& ln -sfn -- {target} {run}/checkpoints 2>&1); then :; "
         'else say stage_error "$(printf %s "$out" | tail -n 1)"; fi',

@@ -227,6 +227,11 @@ class Config(Section):
     def inventory_path(self, target: Target) -> Path:
         """The target's inventory file. Raises ConfigError where it names none."""
         if target.inventory is None:
+            if self._path is None:
+                raise ConfigError(
+                    f"there is no orch.yaml in {self._root} or above it, so no nodes are known",
+                    hint="go to your project's folder, write an orch.yaml, or give --inventory FILE",
+                )
             raise ConfigError(
                 f"target {target.name!r} names no inventory",
                 hint=f"give --inventory FILE, or set targets.{target.name}.inventory in orch.yaml",

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from orchestrator.connect.fanout import fanout
 from orchestrator.connect.forward import Relay
 from orchestrator.connect.known_hosts import HostKey
 from orchestrator.connect.session import Session, SshStream, communicate
-from orchestrator.errors import ConfigError, ConnectError, ConnectionLost, DeadlineError, HostKeyError
+from orchestrator.errors import ConfigError, ConnectError, ConnectionLost, DeadlineError, HostKeyError, OrchError
 from orchestrator.specs import Node
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class SshHost:
         self._connector = connector
         self._lock = threading.Lock()
         self._transport: Transport | None = None
+        self._failed: tuple[float, OrchError] | None = None
+        """When and why the last attempt to connect failed."""
 
     def run(self, command: str, *, stdin: bytes | None = None, timeout: float = 60.0) -> Completed:
         deadline = time.monotonic() + timeout
@@ -89,13 +92,23 @@ class SshHost:
             transport.close()
 
     def transport(self, deadline: float) -> Transport:
-        """The open connection, opened (again) if it is not. Raises ConnectError, DeadlineError."""
+        """The open connection, opened (again) if it is not. Raises ConnectError, DeadlineError.
+
+        Who waits for another's attempt shares its failure: a dead node costs its timeout once.
+        """
+        begun = time.monotonic()
         if not self._lock.acquire(timeout=max(deadline - time.monotonic(), 0)):
             raise ConnectError("the connection was not opened in time", node=self.node.name)
         try:
             if self._transport is None or not self._transport.is_active():
+                if self._failed and self._failed[0] > begun:
+                    raise copy(self._failed[1])
                 limit = min(deadline, time.monotonic() + self.timeout)
-                self._transport = self._connector.open_transport(self.node, limit)
+                try:
+                    self._transport = self._connector.open_transport(self.node, limit)
+                except OrchError as error:
+                    self._failed = time.monotonic(), copy(error)
+                    raise
             return self._transport
         finally:
             self._lock.release()

@@ -41,7 +41,7 @@ def dial(host: str, port: int, timeout: float, node: str) -> socket.socket:
             continue
         keep_alive(sock)
         return sock
-    why = "; ".join(dict.fromkeys(reasons)) or f"no answer within {timeout:g} s"
+    why = "; ".join(dict.fromkeys(reasons)) or f"no answer within {timeout:.3g} s"
     raise ConnectError(f"cannot reach {host}:{port}: {why}", node=node, hint=_hint(why))
 
 
@@ -84,7 +84,7 @@ def _addresses(host: str, port: int, timeout: float, node: str) -> list[tuple]:
     thread.start()
     thread.join(timeout)
     if not answer:
-        raise ConnectError(f"the name {host} was not resolved within {timeout:g} s", node=node)
+        raise ConnectError(f"the name {host} was not resolved within {timeout:.3g} s", node=node)
     if isinstance(answer[0], Exception):
         raise ConnectError(
             f"the name {host} cannot be resolved",
@@ -98,7 +98,7 @@ def _reason(error: OSError, timeout: float) -> str:
     if isinstance(error, ConnectionRefusedError):
         return "connection refused"
     if isinstance(error, TimeoutError):
-        return f"no answer within {timeout:g} s"
+        return f"no answer within {timeout:.3g} s"
     return (error.strerror or str(error)).lower()
 
 

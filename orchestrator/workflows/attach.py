@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from orchestrator.backends.base import Backend, Found
-from orchestrator.errors import Interrupted
+from orchestrator.errors import Detached
 from orchestrator.logs import Follower, Result, Sink, Source, Tail, View
 from orchestrator.specs import Node, NodeResult
 from orchestrator.workflows.signals import Signals
@@ -20,10 +20,6 @@ DRAIN_S = 15.0
 
 Notify = Callable[[str, str], None]
 """(node or "", what is happening), for the operator."""
-
-
-class Detached(Interrupted):
-    """The operator's process leaves; the run goes on."""
 
 
 class Attachment:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.backends.base import Backend, Found, Plan
 from orchestrator.backends.found import exit_code, overall, planned
-from orchestrator.errors import Interrupted, OrchError
+from orchestrator.errors import Detached, Interrupted, OrchError
 from orchestrator.logs import Sink, View
 from orchestrator.runs import History, Record
 from orchestrator.specs import JobSpec, Node, NodeResult, Run, RunState
-from orchestrator.workflows.attach import Attachment, Detached
+from orchestrator.workflows.attach import Attachment
 from orchestrator.workflows.diagnose import Diagnosis, diagnose
 from orchestrator.workflows.signals import Signals
 
@@ -41,7 +41,8 @@ def start(backend: Backend, plan: Plan, history: History, notify: Notify, *, tar
         interrupted = isinstance(error, (Interrupted, KeyboardInterrupt))
         code = error.exit_code if isinstance(error, OrchError) else 130 if interrupted else 1
         state = RunState.STOPPED if interrupted else RunState.FAILED
-        history.update(found.run.at(state, exit_code=code, ended=time.time()))
+        run = found.run.at(state, exit_code=code, ended=time.time())
+        history.record(replace(record, run=run, started=False))
         raise
     running = Found(found.run.at(RunState.RUNNING), found.dirs, found.operator)
     history.update(running.run)
@@ -58,8 +59,8 @@ def record_of(spec: JobSpec, found: Found, *, target: str, inventory: str) -> Re
         inventory=inventory,
         operator=spec.operator,
         storage=spec.storage,
+        dirs=dict(found.dirs),
         spec={
-            "dirs": dict(found.dirs),
             "command": list(spec.command),
             "series": spec.series,
             "stop": spec.stop,
@@ -72,7 +73,7 @@ def record_of(spec: JobSpec, found: Found, *, target: str, inventory: str) -> Re
 
 def found_of(record: Record) -> Found:
     """A history row as the backends want it."""
-    dirs = record.spec.get("dirs") or {node.name: record.run_dir for node in record.nodes}
+    dirs = record.dirs or {node.name: record.run_dir for node in record.nodes}
     return Found(record.run, dirs, record.operator)
 
 

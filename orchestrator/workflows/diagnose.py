@@ -64,16 +64,17 @@ def diagnose(run: str, results: Mapping[str, NodeResult | OrchError]) -> Diagnos
     if not complaints:
         return None
     first = min(complaints, key=lambda each: (each.victim, each.time_ns, each.node, each.rank or 0))
-    others = [each for each in complaints if each is not first]
+    same = [each for each in complaints if (each.type, each.message, each.victim) == (first.type, first.message, False)]
+    others = [each for each in complaints if each is not first and each not in same]
     return Diagnosis(
         run=run,
-        cause=_cause(first),
+        cause=_cause(first) + (f" (and {len(same) - 1} more say the same)" if len(same) > 1 else ""),
         node=first.node,
         rank=first.rank if first.rank is not None and first.rank >= 0 else None,
         exception=first.type,
         message=first.message,
         lines=first.lines,
-        remedy=first.hint or remedy(first.type, first.message, first.lines),
+        remedy=first.hint or remedy(first.type, first.message, first.rank),
         victims=tuple(sorted({f"{each.who}: {_short(each)}" for each in others})),
     )
 
@@ -163,10 +164,11 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
 )
 
 
-def remedy(kind: str, message: str, lines: tuple[str, ...] = ()) -> str:
+def remedy(kind: str, message: str, rank: int | None = None) -> str:
     """What to do next, for the failures whose remedy is known; else where to look."""
     text = f"{kind}: {message}"
     for pattern, advice in _REMEDIES:
         if re.search(pattern, text, re.IGNORECASE):
             return advice
-    return "`orch logs` shows everything that rank printed"
+    which = f" --rank {rank}" if rank is not None and rank >= 0 else ""
+    return f"`orch logs{which}` shows everything that it printed"

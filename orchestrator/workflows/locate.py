@@ -49,6 +49,11 @@ def locate(prefix: str | None, config: Config, history: History, target: Target,
         if missing.lines:  # several runs begin so: the nodes would know no better
             raise
         return _ask(prefix, config, target, inventory, missing)
+    if not record.started:
+        raise UsageError(
+            f"{record.run.id} was never started ({record.run.state}): nothing of it is on the nodes",
+            hint="deploy it again; `orch runs` lists the others",
+        )
     backend = backends.make(record.run.backend, config, record.nodes)
     return Located(found_of(record), record.nodes, backend, dict(record.spec), record.target)
 

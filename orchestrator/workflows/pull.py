@@ -15,7 +15,7 @@ from orchestrator.errors import ConnectionLost, OrchError, RemoteError, UsageErr
 from orchestrator.specs import Node
 from orchestrator.workflows.locate import Located
 
-RECORDS = ("job.json", "result.json", "log", "log.index", "events", "errors", "tensorboard")
+RECORDS = ("job.json", "config.yaml", "result.json", "log", "log.index", "events", "errors", "tensorboard")
 SILENCE_S = 60.0
 
 

@@ -60,7 +60,7 @@ def test_of_two_deploys_at_the_same_moment_exactly_one_wins(cluster: Rig) -> Non
 def test_a_signal_before_all_nodes_have_started_takes_everything_back(cluster: Rig, phase: str, signum: int) -> None:
     name = f"sig-{uuid.uuid4().hex[:6]}"
     command = cluster.start(*HOLD, "--name", name, "--", "jobs/hold.py")
-    command.until(rf"n[12] +{phase}")
+    command.until(rf"{phase}[^\n]* \(n1, n2\)")
     command.send(signum)
     done = command.done()
     assert done.code == 128 + signum, done.text
@@ -80,7 +80,7 @@ def test_a_signal_while_a_pull_hangs(cluster: Rig) -> None:
     faults.pause(cluster.cluster, "registry")
     try:
         command = cluster.start(*HOLD, "--config", changed, "--name", name, "--", "true")
-        command.until(r"n[12] +preparing", 2)
+        command.until("preparing")
         pulls = r"docker pull --quie[t]"
         cluster.until(lambda: cluster.processes("n1", pulls) and cluster.processes("n2", pulls), "both nodes pull")
         command.send(signal.SIGTERM)

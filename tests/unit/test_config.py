@@ -99,7 +99,7 @@ def test_found_by_walking_up_and_defaults_without_a_file(project, tmp_path, monk
     config = load(start=deep)
     assert config.path is None and config.root == deep
     assert config.target().backend == "ssh"
-    with pytest.raises(ConfigError, match="names no inventory"):
+    with pytest.raises(ConfigError, match=r"there is no orch\.yaml"):
         config.inventory_path(config.target())
     with pytest.raises(ConfigError, match=r"image\.repository is missing"):
         config.repository()

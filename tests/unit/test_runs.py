@@ -7,6 +7,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -79,16 +80,11 @@ def test_delete(history):
     assert history.list() == []
 
 
-def test_adopt_adds_the_unknown_and_keeps_the_known(history):
-    known = record("a", spec={"command": ["x"]}, dirs={"n1": "/1"})
-    history.record(known)
-    ended = known.run.at(RunState.SUCCEEDED, exit_code=0, ended=9.0)
-    kept = history.adopt(Record(ended, (), dirs={"n2": "/2"}))
-    assert kept == history.get("a")
-    assert (kept.run, kept.spec, kept.nodes) == (ended, known.spec, known.nodes)
-    assert kept.dirs == {"n1": "/1", "n2": "/2"}
-    history.adopt(record("b"))
-    assert history.get("b") == record("b")
+def test_the_latest_is_the_latest_that_was_started(history):
+    history.record(record("a", 1.0))
+    history.record(replace(record("b", 2.0), started=False))
+    assert history.find(None).run.id == "a"
+    assert history.find("b").started is False
 
 
 def test_the_folder_and_the_file_are_private(history):

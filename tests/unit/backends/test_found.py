@@ -51,9 +51,9 @@ def test_nothing_known_is_lost() -> None:
         ("failed", [("stopped", 143), ("failed", 4)], 4),
         ("failed", [("failed", 0)], 1),
         ("stopped", [("stopped", 143), ("succeeded", 0)], 143),
-        ("lost", [("succeeded", 0)], 1),
+        ("lost", [("succeeded", 0)], 3),
         ("lost", [("lost", 3)], 3),
-        ("lost", [], 1),
+        ("lost", [], 3),
     ],
 )
 def test_exit_codes(state: str, results: list, code: int | None) -> None:
@@ -68,10 +68,10 @@ def test_exit_codes(state: str, results: list, code: int | None) -> None:
         ([status("starting"), status("failed", 1, 5)], "starting", None, None),
         ([status("failed", 1, 5), status("stopped", 143, 6)], "failed", 1, 6.0),
         ([status("preempted", 75, 5), status("preempted", 75, 6)], "preempted", 75, 6.0),
-        ([status("succeeded", 0, 5), ConnectError("down")], "lost", 1, 5.0),
+        ([status("succeeded", 0, 5), ConnectError("down")], "lost", 3, 5.0),
         ([status("failed", 2, 5), ConnectError("down")], "failed", 2, 5.0),
         ([status("running"), ConnectError("down")], "running", None, None),
-        ([status("lost")], "lost", 1, None),
+        ([status("lost")], "lost", 3, None),
     ],
 )
 def test_conclude(statuses: list, state: str, code: int | None, ended: float | None) -> None:

@@ -236,6 +236,8 @@ def test_rollback_removes_this_run_and_nothing_else(host: FakeHost) -> None:
     box(host, "r", "orch-d")
     for name in ("runs/r-1/events", "runs/r-10", "checkpoints/r-1", "checkpoints/kept/step_1"):
         (host.home / name).mkdir(parents=True, exist_ok=True)
+    (host.home / "runs/r-1/nodes").mkdir()
+    (host.home / "runs/r-1/nodes/.fresh").touch()
     assert host.run(docker.rollback("r-1", "~/runs/r-1", "~/checkpoints/r-1")).ok
     assert names(host) == {"/orch-c", "/orch-d"}
     assert sorted(each.name for each in (host.home / "runs").iterdir()) == ["r-10"]

@@ -6,11 +6,11 @@ import threading
 
 import pytest
 
-from orchestrator.errors import ConnectionLost
+from orchestrator.errors import ConnectionLost, Detached
 from orchestrator.logs import Sink, View
 from orchestrator.specs import RunState
 from orchestrator.workflows import attach, watch
-from orchestrator.workflows.attach import Attachment, Detached
+from orchestrator.workflows.attach import Attachment
 from orchestrator.workflows.signals import Signals
 
 INT, TERM, HUP = 2, 15, 1

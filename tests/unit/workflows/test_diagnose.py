@@ -280,7 +280,7 @@ def test_remedies(kind: str, message: str, word: str) -> None:
     ],
 )
 def test_remedies_do_not_fire_on_parts_of_words(kind: str, message: str) -> None:
-    assert remedy(kind, message) == "`orch logs` shows everything that rank printed"
+    assert remedy(kind, message) == "`orch logs` shows everything that it printed"
 
 
 def test_an_unreachable_error_keeps_its_lines() -> None:
