@@ -19,6 +19,7 @@ from orchestrator.workflows.diagnose import Diagnosis, diagnose
 from orchestrator.workflows.locate import InventoryOf, Located, target_nodes
 
 POLL_S = 0.5
+PULL_S = 3600.0
 
 
 def running(config: Config, target: Target, inventory: InventoryOf) -> tuple[list[Found], Errors]:
@@ -197,8 +198,13 @@ def prunable(
 ) -> tuple[Backend, tuple[Node, ...], list[Found]]:
     """The ended runs beyond the `keep` newest ended ones."""
     backend, nodes, found, _ = _discover(config, target, inventory)
-    ended = [each for each in found if each.run.state.is_terminal]
+    ended = [each for each in found if each.run.state.is_terminal and not _maybe_starting(each)]
     return backend, nodes, ended[keep:]
+
+
+def _maybe_starting(found: Found) -> bool:
+    """A run whose image is still being pulled has a folder and no container yet, like one that was lost."""
+    return found.run.state is RunState.LOST and time.time() - found.run.started < PULL_S
 
 
 def prune_runs(backend: Backend, nodes: Sequence[Node], found: Sequence[Found]) -> Errors:

@@ -192,7 +192,7 @@ def given(project):
     return project.config, project.target, project.inventory
 
 
-def test_running_and_prune(cluster, project) -> None:
+def test_running_and_prune(cluster, project, monkeypatch) -> None:
     for name in ("old-20260131-120000-ab12", "new-20260131-120001-ab12"):
         plan = cluster.plan(name, nodes=cluster.nodes[:2])
         cluster.backend.submit(plan, cluster.tell)
@@ -203,6 +203,9 @@ def test_running_and_prune(cluster, project) -> None:
     assert [each.run.id for each in found] == ["new-20260131-120001-ab12"] and errors == {}
     assert dict(found[0].dirs).keys() == {"n1", "n2"}
 
+    # the ended one left no result: it reads as a run whose image is still being pulled
+    assert runs.prunable(*given(project), keep=0)[2] == []
+    monkeypatch.setattr(runs, "PULL_S", 0.0)
     backend, nodes, ended = runs.prunable(*given(project), keep=1)
     assert ended == []
     backend, nodes, ended = runs.prunable(*given(project), keep=0)
