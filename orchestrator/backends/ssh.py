@@ -65,6 +65,7 @@ class SshBackend:
             run_dir=at.run_dir,
             storage_check=docker.check_storage(at.root, len(spec.nodes), spec.storage.kind),
             credentials=False,
+            patient=node is not min(spec.nodes, key=lambda each: (each.private, each.port, each.name)),
         )
         steps = (
             Step("preflight and stage", first, PREFLIGHT_S, f"a tar archive: job.json, launch.py{secret}"),

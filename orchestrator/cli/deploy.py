@@ -13,10 +13,11 @@ from orchestrator.cli import options, output
 from orchestrator.cli.state import state
 
 if TYPE_CHECKING:
-    from orchestrator.backends.base import Plan
+    from orchestrator.backends.base import Backend, Plan
     from orchestrator.image import BuildPlan
     from orchestrator.runs import Record
     from orchestrator.specs import ImageRef, JobSpec, Node
+    from orchestrator.workflows.signals import Signals
 
 
 def deploy(
@@ -74,6 +75,7 @@ def deploy(
     orch deploy --resume 8b-20260131-1                             the same job again, from its checkpoint
     orch deploy --on sim --dry-run                                 what would be run, to read or to paste
     """
+    from orchestrator.workflows import backends
     from orchestrator.workflows.signals import Signals
 
     command = tuple(state().command or words or ())
@@ -92,13 +94,14 @@ def deploy(
         env=env or [],
         dry_run=dry_run,
     )
+    backend = backends.make(spec.backend, state().config(), spec.nodes, connect=not dry_run)  # while files are hashed
     image, contents = _content(spec, target)
     spec = replace(spec, image=image)
     if dry_run:
-        _show_plan(_plan(spec), json)
+        _show_plan(backend.plan(spec), json)
         return
     with Signals() as signals:
-        _deploy(spec, target, inventory, contents, signals, detach=detach, json=json, build=not no_build)
+        _deploy(backend, spec, target, inventory, contents, signals, detach=detach, json=json, build=not no_build)
 
 
 def _spec(
@@ -196,24 +199,26 @@ def _content(spec: JobSpec, target: str) -> tuple[ImageRef | None, BuildPlan | N
     return plan.image, plan
 
 
-def _plan(spec: JobSpec) -> Plan:
-    from orchestrator.workflows import backends
-
-    return backends.make(spec.backend, state().config(), spec.nodes).plan(spec)
-
-
-def _deploy(spec, target: str, inventory: str, contents, signals, *, detach: bool, json: bool, build: bool) -> None:
+def _deploy(
+    backend: Backend,
+    spec: JobSpec,
+    target: str,
+    inventory: str,
+    contents: BuildPlan | None,
+    signals: Signals,
+    *,
+    detach: bool,
+    json: bool,
+    build: bool,
+) -> None:
     from orchestrator.cli.follow import finish, follow
-    from orchestrator.workflows import backends
     from orchestrator.workflows import deploy as workflow
 
     _announce(spec, target)
-    config = state().config()
-    backend = backends.make(spec.backend, config, spec.nodes, connect=True)  # while the image is made
     if spec.image:
         from orchestrator.workflows.build import ensure_image
 
-        chosen = state().target(target)
+        config, chosen = state().config(), state().target(target)
         pinned = ensure_image(config, build=build, target=chosen, plan=contents, report=output.say)
         spec = replace(spec, image=pinned)
     phases = _Phases(spec.nodes)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from orchestrator.commands.probe import STALE_CREATED_S
 from orchestrator.commands.shell import Raw, join, lines, path, quote, script
-from orchestrator.specs import CONTAINER, LABEL_RUN
+from orchestrator.specs import CONTAINER, LABEL_DIR, LABEL_RUN
 
 NAMED = f"docker ps -a --no-trunc --filter name={quote(f'^/?{CONTAINER}$')}"
 
@@ -75,20 +75,37 @@ def pull(image: str, *, credentials: bool) -> str:
     ).rstrip("\n")
 
 
+_STATE = '"{{.State.Status}}|{{.State.ExitCode}}|{{.State.OOMKilled}}|{{.State.Error}}"'
+
+
+def keep_end(ident: str, run_dir: str) -> str:
+    """Before an ended container goes: how it ended into `ended` in its run folder, if its launcher left no result.
+
+    Both arguments are shell text. `probe` reads the file, so the cause of a failure can be told again later.
+    """
+    told = f"docker inspect --format {_STATE} {ident}; docker logs --tail 20 {ident} 2>&1"
+    return (
+        f"if [ -d {run_dir} ] && [ ! -e {run_dir}/result.json ] && [ ! -e {run_dir}/ended ]; then "
+        f"{{ {told}; }} > {run_dir}/ended 2>/dev/null || :; fi"
+    )
+
+
 def clear_ended() -> str:
-    """Removes what an ended run left under the constant name; a live container is never touched.
+    """Removes what an ended run left under the constant name; a live or a foreign container is never touched.
 
     A container that was created but never started belongs to a deploy in progress, unless it is old.
     """
     return lines(
-        f"old=$({NAMED} --filter status=exited --filter status=dead --filter status=created "
-        "--format '{{.State}} {{.ID}}')",
+        f"old=$({NAMED} --filter label={LABEL_RUN} --filter status=exited --filter status=dead "
+        f"--filter status=created --format '{{{{.State}}}} {{{{.ID}}}} {{{{.Label \"{LABEL_DIR}\"}}}}')",
+        'dir=${old#* }; id=${dir%% *}; dir=${dir#* }; case "$dir" in "~/"*) dir="$HOME/${dir#??}";; esac',
         'case "$old" in',
         '  "") ;;',
         '  "created "*)',
-        '    age=$(( $(date +%s) - $(date -d "$(docker inspect --format "{{.Created}}" "${old#* }")" +%s) ))',
-        f'    [ "$age" -lt {STALE_CREATED_S} ] || docker rm "${{old#* }}" >/dev/null;;',
-        '  *) docker rm "${old#* }" >/dev/null;;',
+        '    age=$(( $(date +%s) - $(date -d "$(docker inspect --format "{{.Created}}" "$id")" +%s) ))',
+        f'    [ "$age" -lt {STALE_CREATED_S} ] || docker rm "$id" >/dev/null;;',
+        "  *) " + keep_end('"$id"', '"$dir"'),
+        '    docker rm "$id" >/dev/null;;',
         "esac",
     ).rstrip("\n")
 
@@ -104,8 +121,30 @@ def check_storage(root: str, nodes: int, kind: str) -> str:
     ).rstrip("\n")
 
 
-def pull_and_create(image: str, create: str, *, run_dir: str, storage_check: str, credentials: bool) -> str:
+CONTEST_TRIES = 20
+"""How often, half a second apart, a node is asked for again that another start in progress has taken."""
+
+
+def _patiently(create: str) -> str:
+    fail = 'printf "%s\\n" "$id" >&2; exit 1'
+    return lines(
+        "n=0",
+        f"until id=$({{ {create}; }} 2>&1); do",
+        f'  case "$n:$id" in {CONTEST_TRIES}:*) {fail};; *"is already in use by container"*) ;; *) {fail};; esac',
+        f"""  case "$({NAMED} --format '{{{{.State}}}}')" in created|"") ;; *) {fail};; esac""",
+        "  n=$((n+1)); sleep 0.5",
+        "done",
+        "id=$(printf '%s\\n' \"$id\" | tail -n 1)",
+    ).rstrip("\n")
+
+
+def pull_and_create(
+    image: str, create: str, *, run_dir: str, storage_check: str, credentials: bool, patient: bool = False
+) -> str:
     """The second of a deploy's three remote commands.
+
+    Two deploys may each take a node that the other needs. The one that is refused on its first node gives up; on the
+    others `patient` is set: it asks again as long as the other's container is only created, so that one of them wins.
 
     A rollback may come while the engine is at work on `create`, and find no container yet: then the run's
     folder is gone afterwards, and the container goes too. (One that comes later finds the container.)
@@ -115,7 +154,7 @@ def pull_and_create(image: str, create: str, *, run_dir: str, storage_check: str
         storage_check,
         pull(image, credentials=credentials),
         clear_ended(),
-        f"id=$({create})",
+        _patiently(create) if patient else f"id=$({create})",
         f'[ -e {path(run_dir)}/container ] || {{ docker rm "$id" >/dev/null; echo "it was rolled back" >&2; exit 1; }}',
     )
 
@@ -168,9 +207,10 @@ def remove_ended(run_id: str, run_dir: str) -> str:
     return lines(
         f"ids=$(docker ps -aq --no-trunc --filter {label}) || exit 1",
         f'if [ -n "$ids" ] && [ -f {path(run_dir)}/result.json ]; then timeout 10 docker wait $ids >/dev/null || :; fi',
-        f"ids=$(docker ps -aq --no-trunc --filter {label} "
-        "--filter status=exited --filter status=dead --filter status=created)",
-        '[ -z "$ids" ] || docker rm $ids >/dev/null',
+        f"ids=$(docker ps -aq --no-trunc --filter {label} --filter status=exited --filter status=dead)",
+        "for id in $ids; do " + keep_end('"$id"', path(run_dir)) + "; done",
+        f"set -- $ids $(docker ps -aq --no-trunc --filter {label} --filter status=created)",
+        '[ "$#" = 0 ] || docker rm "$@" >/dev/null',
     )
 
 
@@ -179,16 +219,26 @@ def container_id(run_dir: str) -> Raw:
 
 
 def probe(run_dir: str) -> str:
-    """Sets `state code oom error engine` for `report.read`; prints the engine's log if there is no result."""
+    """Sets `state code oom error engine` for `report.read`; prints the engine's log if there is no result.
+
+    Of a container that is gone there may be its `ended` file (see `keep_end`).
+    """
+    ended = f"{path(run_dir)}/ended"
+    told = 'echo "orch.text tail"; {} | sed "s/^orch[.]/ &/"; echo; echo orch.end'
     return lines(
-        f"id={container_id(run_dir)}",
-        "if out=$(docker inspect --format "
-        '"{{.State.Status}}|{{.State.ExitCode}}|{{.State.OOMKilled}}|{{.State.Error}}" "$id" 2>&1); then',
-        "  state=${out%%|*}; out=${out#*|}; code=${out%%|*}; out=${out#*|}; oom=${out%%|*}; error=${out#*|}",
-        f'  if [ "$state" != running ] && [ ! -f {path(run_dir)}/result.json ]; then '
-        'echo "orch.text tail"; docker logs --tail 20 "$id" 2>&1 | sed "s/^orch[.]/ &/"; echo; echo orch.end; fi',
+        f"id={container_id(run_dir)}; out=",
+        f'if out=$(docker inspect --format {_STATE} "$id" 2>/dev/null); then',
+        f'  case "$out" in running*) ;; *) [ -f {path(run_dir)}/result.json ] || '
+        "{ " + told.format('docker logs --tail 20 "$id" 2>&1') + "; };; esac",
+        f"elif [ -s {ended} ]; then",
+        f"  out=$(head -n 1 {ended}); " + told.format(f"tail -n +2 {ended}"),
         "elif ! docker version >/dev/null 2>&1; then",
-        "  state=unknown; engine=$(docker version 2>&1 >/dev/null | tail -n 1); engine=${engine:-no answer}",
+        "  state=unknown; engine=$(docker version 2>&1 >/dev/null | tail -n 1); engine=${engine:-no answer}; out=",
+        "else",
+        "  out=",
+        "fi",
+        'if [ -n "$out" ]; then',
+        "  state=${out%%|*}; out=${out#*|}; code=${out%%|*}; out=${out#*|}; oom=${out%%|*}; error=${out#*|}",
         "fi",
     )
 

@@ -191,7 +191,8 @@ def judge(
         unfit(f"the Docker engine does not answer: {error}", _engine_hint(error, found.get("user")))
     if lease and docker and (holder := found.get("holder")):
         state, run, operator, _, created = (holder.split("|") + [""] * 4)[:5]
-        if state not in ("exited", "dead") and not (state == "created" and _age_s(found, created) >= STALE_CREATED_S):
+        old = state in ("exited", "dead") or (state == "created" and _age_s(found, created) >= STALE_CREATED_S)
+        if not (run and old):
             run = run or f"a container named {CONTAINER!r} that is not a run"
             unfit(
                 f"busy: {run} ({state}, started by {operator or 'unknown'})",

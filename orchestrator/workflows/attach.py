@@ -10,13 +10,15 @@ from functools import partial
 from orchestrator.backends.base import Backend, Found
 from orchestrator.errors import Detached
 from orchestrator.logs import Follower, Result, Sink, Source, Tail, View
-from orchestrator.specs import Node, NodeResult
+from orchestrator.specs import Node, NodeResult, RunState
 from orchestrator.workflows.signals import Signals
 from orchestrator.workflows.watch import Watch
 
 SECOND_CTRL_C_S = 3.0
 DRAIN_S = 15.0
 """How long the last lines may take to arrive after the last launcher has ended."""
+DRAIN_LOST_S = 4.0
+"""The same when a node was lost: nothing more will come from that one."""
 
 Notify = Callable[[str, str], None]
 """(node or "", what is happening), for the operator."""
@@ -65,7 +67,8 @@ class Attachment:
                     self._signalled(signum)
                 if self._sink.closed:
                     raise Detached("nobody reads the output any more; the run goes on", hint=self._pick_up(), signum=1)
-            self._follower.join(DRAIN_S)
+            lost = any(result.state is RunState.LOST for result in self._watch.results.values())
+            self._follower.join(DRAIN_LOST_S if lost else DRAIN_S)
         finally:
             self._watch.close()
             self._closing.set()

@@ -66,9 +66,8 @@ def _ask(prefix: str | None, config: Config, target: Target, inventory: Inventor
     if prefix is None:
         wanted = wanted[:1]
     if len(wanted) > 1:
-        raise UsageError(
-            f"{prefix!r} begins {len(wanted)} runs: {', '.join(each.run.id for each in wanted)}", hint="type more of it"
-        )
+        listing = ", ".join(each.run.id for each in wanted[:5]) + (", …" if len(wanted) > 5 else "")
+        raise UsageError(f"{prefix!r} begins {len(wanted)} runs: {listing}", hint="type more of it")
     if not wanted:
         silent = f" (no answer from {', '.join(errors)})" if errors else ""
         raise UsageError(f"{missing.message}, nor do the nodes know it{silent}", hint=missing.hint)

@@ -63,6 +63,7 @@ class Watch:
         self._failed_at: float | None = None
         self._kill_asked_at: float | None = None
         self._forced = False
+        self._requests: list[threading.Thread] = []
         self.failed_node: str | None = None
 
     def start(self) -> None:
@@ -71,7 +72,11 @@ class Watch:
             threading.Thread(target=self._follow, args=(node, index), name=name, daemon=True).start()
 
     def close(self) -> None:
+        """Ends the watching; a request to stop that is under way gets a few seconds to arrive."""
         self._closing.set()
+        until = self._clock() + self._timing.kill
+        for thread in self._requests:
+            thread.join(max(0.0, until - self._clock()))
 
     @property
     def done(self) -> bool:
@@ -92,6 +97,9 @@ class Watch:
         self.results[node.name] = result
         if result.state is RunState.SUCCEEDED:
             return
+        if result.state is RunState.LOST and self._stop_others:
+            # Its engine may be dead and its ranks alive: the launcher heeds the stop file without an engine.
+            self._in_background(lambda: self._backend.stop(self._found, [node], kill=True))
         if self._failed_at is None:
             self._failed_at = self._clock()
             self.failed_node = node.name
@@ -113,9 +121,10 @@ class Watch:
     def _left(self) -> list[Node]:
         return [node for node in self._nodes if node.name not in self.results]
 
-    @staticmethod
-    def _in_background(action: Callable[[], object]) -> None:
-        threading.Thread(target=action, daemon=True).start()
+    def _in_background(self, action: Callable[[], object]) -> None:
+        thread = threading.Thread(target=action, daemon=True)
+        self._requests.append(thread)
+        thread.start()
 
     # -- one node -----------------------------------------------------------------------------
 

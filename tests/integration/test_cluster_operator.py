@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 HOLD = ("deploy", "--nodes", "2", "--launcher", "none")
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 # ---- one run per node
@@ -56,7 +55,7 @@ def test_of_two_deploys_at_the_same_moment_exactly_one_wins(cluster: Rig) -> Non
 # ---- signals
 
 
-@pytest.mark.parametrize(("phase", "signum"), zip(("checking", "preparing", "starting"), SIGNALS, strict=True))
+@pytest.mark.parametrize(("phase", "signum"), [("checking", 2), ("preparing", 15), ("starting", 1)])
 def test_a_signal_before_all_nodes_have_started_takes_everything_back(cluster: Rig, phase: str, signum: int) -> None:
     name = f"sig-{uuid.uuid4().hex[:6]}"
     command = cluster.start(*HOLD, "--name", name, "--", "jobs/hold.py")
@@ -174,7 +173,7 @@ def test_a_killed_operator_a_second_machine_and_a_lost_history(cluster: Rig, tmp
     (row,) = cluster.orch("ps", "--json", **elsewhere).json
     assert (row["id"], row["state"], row["nodes"]) == (run, "running", ["n1", "n2"])
     assert cluster.orch("status", run, "--json", **elsewhere).json["state"] == "running"
-    assert "ready rank 1" in cluster.orch("logs", run[:12], "--node", "n2", **elsewhere).out
+    assert "ready rank 1" in cluster.orch("logs", run[:-2], "--node", "n2", **elsewhere).out
     words = ("--", "sh", "-c", "echo $ORCH_RUN_ID:$(id -u)")
     assert cluster.orch("exec", run, *words, **elsewhere).out.count(":1000") == 2
 
@@ -217,7 +216,7 @@ def test_resume_takes_over_command_nodes_and_checkpoints(cluster: Rig) -> None:
 
 
 def test_nodes_commands_and_prune(cluster: Rig) -> None:
-    assert [row["node"] for row in cluster.orch("nodes", "list", "--json").json] == ["n1", "n2"]
+    assert [row["name"] for row in cluster.orch("nodes", "list", "--json").json] == ["n1", "n2"]
     checked = cluster.orch("nodes", "check")
     assert "n1" in checked.text and "n2" in checked.text
     assert sorted(cluster.orch("nodes", "exec", "--", "hostname").out.split())[-2:] == ["n1", "n2"]

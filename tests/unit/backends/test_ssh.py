@@ -133,10 +133,11 @@ def test_two_deploys_at_once_the_engine_decides(make_cluster) -> None:
     def tell(node: str, text: str) -> None:
         if node == "n2" and text.startswith("preparing"):
             cluster["n2"].run("docker create --name orch --label orch.run=other-1 registry.example.com/demo:v1")
+            cluster["n2"].run("docker start orch")
 
     with pytest.raises(LeaseError, match="n2: another run took the node"):
         cluster.backend.submit(plan, tell)
-    assert cluster.containers() == {"n1": [], "n2": [("other-1", "created")]}
+    assert cluster.containers() == {"n1": [], "n2": [("other-1", "running")]}
 
 
 def test_an_ended_run_frees_its_node(make_cluster) -> None:
