@@ -24,16 +24,17 @@ HOLD = ("deploy", "--nodes", "2", "--launcher", "none")
 
 
 def test_a_second_run_on_the_same_nodes_is_refused_and_the_first_goes_on(cluster: Rig) -> None:
-    first = cluster.hold("--name", "first")
+    first = cluster.hold()
+    second = f"second-{uuid.uuid4().hex[:6]}"
     operator = cluster.orch("ps", "--json").json[0]["operator"]
-    done = cluster.orch(*HOLD, "--name", "second", "--", "jobs/hold.py", code=4)
+    done = cluster.orch(*HOLD, "--name", second, "--", "jobs/hold.py", code=4)
     assert first in done.err and operator in done.err, done.text
-    assert cluster.traces("second") == []
+    assert cluster.traces(second) == []
     assert cluster.running(first) == ["n1", "n2"]
     cluster.go(first)
     cluster.until(lambda: cluster.orch("status", first, "--json").json["state"] == "succeeded", "the end of the first")
     # Its ended containers do not hold the nodes.
-    cluster.orch(*HOLD, "--name", "second", "--", "true")
+    cluster.orch(*HOLD, "--name", second, "--", "true")
 
 
 def test_of_two_deploys_at_the_same_moment_exactly_one_wins(cluster: Rig) -> None:
@@ -199,7 +200,8 @@ def ticks(command: Command, nodes: int) -> None:
 
 
 def test_resume_takes_over_command_nodes_and_checkpoints(cluster: Rig) -> None:
-    run = cluster.hold("--name", "again", "--env", "ODD=a b")
+    name = f"again-{uuid.uuid4().hex[:6]}"
+    run = cluster.hold("--name", name)
     cluster.orch("stop", run)
     resumed = cluster.orch("deploy", "--resume", run, "--detach").out.strip()
     assert resumed != run
@@ -209,7 +211,7 @@ def test_resume_takes_over_command_nodes_and_checkpoints(cluster: Rig) -> None:
     assert "before []" in cluster.log("n1", fresh)
     cluster.orch("stop", fresh)
     for node in cluster.cluster.nodes:
-        cluster.on(node, "rm -rf ~/.orch/checkpoints/again")
+        cluster.on(node, f"rm -rf ~/.orch/checkpoints/{name}")
 
 
 # ---- the nodes' own commands
@@ -219,10 +221,14 @@ def test_nodes_commands_and_prune(cluster: Rig) -> None:
     assert [row["name"] for row in cluster.orch("nodes", "list", "--json").json] == ["n1", "n2"]
     checked = cluster.orch("nodes", "check")
     assert "n1" in checked.text and "n2" in checked.text
-    assert sorted(cluster.orch("nodes", "exec", "--", "hostname").out.split())[-2:] == ["n1", "n2"]
+    said = cluster.orch("nodes", "exec", "--", "hostname").out.splitlines()
+    assert sorted(re.findall(r"n\d", line) for line in said) == [["n1", "n1"], ["n2", "n2"]]
+    cluster.orch(*HOLD, "--", "true")
+    ended = cluster.orch("runs", "--json", "--limit", "1").json[0]["id"]
     kept = cluster.hold()
-    cluster.orch("prune", "--keep", "1", "--yes")
-    left = [path for path in cluster.on("n1", "ls ~/.orch/runs").split()]
-    assert kept in left and len(left) == 2, left
+    assert ended in cluster.orch("prune", "--keep", "0", "--dry-run").err
+    assert any(f"runs/{ended}" in each for each in cluster.traces(ended))
+    cluster.orch("prune", "--keep", "0", "--yes")
+    assert not any(f"runs/{ended}" in each for each in cluster.traces(ended))
     assert cluster.running(kept) == ["n1", "n2"]
     cluster.orch("stop", kept)

@@ -108,7 +108,7 @@ def test_a_container_that_starts_on_one_node_only_is_taken_back(cluster: Rig) ->
     cluster.on("n1", f"mkdir -p '{source}'")
     cluster.on("n2", f"touch '{source}'")
     stranger = cluster.on("n1", f"docker create --name stranger {cluster.image} true").strip()
-    keep = cluster.hold("--name", "keep")
+    keep = cluster.hold()
     cluster.orch("stop", keep)
     try:
         mounts = [{"source": source, "target": "/opt"}]
@@ -120,7 +120,7 @@ def test_a_container_that_starts_on_one_node_only_is_taken_back(cluster: Rig) ->
         cluster.on("n1", "mkdir '/home/orch/only on n1'")
         refused(cluster, *ONCE, "--config", missing, "--", "true", code=4, says="/home/orch/only on n1", node="n2")
         assert cluster.on("n1", "docker ps -aq --no-trunc --filter name=stranger").strip() == stranger
-        assert any(f"runs/{keep}" in each for each in cluster.traces("keep"))
+        assert any(f"runs/{keep}" in each for each in cluster.traces(keep))
     finally:
         cluster.on("n1", f"docker rm -f {stranger}; rm -rf '{source}' '/home/orch/only on n1'")
         cluster.on("n2", f"rm -f '{source}'")
