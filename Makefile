@@ -50,7 +50,7 @@ unit: setup setup-trainer ## seconds, no network
 	$(HOST)/python -m pytest tests/unit --ignore=tests/unit/trainer
 	$(TRAINER)/python -m pytest tests/unit/trainer
 
-contract: setup setup-trainer ## the formats that two sides share
+contract: setup setup-trainer engine ## the formats that two sides share
 	$(HOST)/python -m pytest tests/contract --ignore=tests/contract/test_events_trainer.py
 	$(TRAINER)/python -m pytest tests/contract/test_events_trainer.py
 

@@ -264,5 +264,5 @@ def _record(row: tuple[Any, ...]) -> Record:
         inventory=more["inventory"],
         storage=Storage(**more["storage"]),
         spec=more["spec"],
-        started=more["started"],
+        started=more.get("started", True),
     )

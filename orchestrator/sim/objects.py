@@ -36,7 +36,7 @@ def remove_objects(name: str, volumes: bool) -> bool:
     for kind in ("network", *(("volume",) if volumes else ())):
         names = names_of(kind, name)
         if names:
-            docker(kind, "rm", *names, timeout=60, what=f"remove the {kind}s of cluster {name}")
+            docker(kind, "rm", *names, timeout=300, what=f"remove the {kind}s of cluster {name}")
             found = True
     return found
 
@@ -65,7 +65,7 @@ def remove_surplus_volumes(layout: Layout) -> None:
     kept = {volume["name"] for volume in compose.document(layout)["volumes"].values()}
     surplus = [name for name in names_of("volume", layout.name) if name not in kept]
     if surplus:
-        docker("volume", "rm", *surplus, check=False, timeout=60)
+        docker("volume", "rm", *surplus, check=False, timeout=300)
 
 
 def check_port(port: int, own: str, option: str) -> None:

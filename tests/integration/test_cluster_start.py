@@ -82,7 +82,7 @@ def test_a_changed_host_key(cluster: Rig) -> None:
 
 
 def test_a_node_that_is_down(cluster: Rig) -> None:
-    faults.stop(cluster.cluster, "n2")
+    faults.kill(cluster.cluster, "n2")
     name = f"no-{uuid.uuid4().hex[:6]}"
     done = cluster.orch("deploy", "--name", name, *ONCE, "--", "true", code=3)
     assert "n2: " in done.err and "Traceback" not in done.text
