@@ -18,6 +18,9 @@ from orchestrator.workflows.signals import Signals
 
 Notify = Callable[[str, str], None]
 
+WHY = "why"
+"""The history's key of the cause that an attached operator was told: a node that was lost may say otherwise later."""
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -112,7 +115,9 @@ def conclude(
         state = RunState.FAILED
     ended = max((result.ended_ns / 1e9 for result in results.values()), default=0) or time.time()
     run = found.run.at(state, exit_code=exit_code(state, list(results.values())), ended=ended)
-    history.update(run)
     backend.remove(found, nodes)
     cause = diagnose(run.id, results) if state in (RunState.FAILED, RunState.LOST) else None
+    history.update(run)
+    if cause and (record := history.get(run.id)):
+        history.record(replace(record, spec={**record.spec, WHY: cause.to_json()}))
     return Ended(run, results, cause, found)

@@ -41,6 +41,10 @@ class Diagnosis:
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"lines": list(self.lines), "victims": list(self.victims)}
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Diagnosis:
+        return cls(**{**data, "lines": tuple(data["lines"]), "victims": tuple(data["victims"])})
+
 
 @dataclass(frozen=True)
 class _Complaint:

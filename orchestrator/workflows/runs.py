@@ -15,6 +15,7 @@ from orchestrator.errors import DeadlineError, NodesFailed, OrchError, Unreachab
 from orchestrator.runs import History
 from orchestrator.specs import Node, NodeResult, Run, RunState
 from orchestrator.workflows import backends
+from orchestrator.workflows.deploy import WHY
 from orchestrator.workflows.diagnose import Diagnosis, diagnose
 from orchestrator.workflows.locate import InventoryOf, Located, target_nodes
 
@@ -74,7 +75,7 @@ def inspect(located: Located, history: History) -> RunView:
     found, nodes, backend = located.found, located.nodes, located.backend
     statuses = backend.status(found, nodes)
     _need_one(statuses)
-    run = conclude(found.run, statuses)
+    run = _told(found.run.id, history)[0] or conclude(found.run, statuses)
     history.update(run)
     rows = []
     for node in nodes:
@@ -177,7 +178,10 @@ def _answered(statuses: Mapping[str, NodeStatus | OrchError]) -> Mapping[str, No
 
 
 def explain(located: Located, history: History) -> tuple[Run, Diagnosis | None]:
-    """The run and the first cause of its failure, from what its nodes keep."""
+    """The run and the first cause of its failure: as it was told when it ended, else from what its nodes keep."""
+    ended, cause = _told(located.found.run.id, history)
+    if ended:
+        return ended, cause
     statuses = located.backend.status(located.found, located.nodes)
     _need_one(statuses)
     run = conclude(located.found.run, statuses)
@@ -191,6 +195,14 @@ def explain(located: Located, history: History) -> tuple[Run, Diagnosis | None]:
         elif status.result:
             results[name] = status.result
     return run, diagnose(run.id, results)
+
+
+def _told(run_id: str, history: History) -> tuple[Run | None, Diagnosis | None]:
+    """The end and the cause that were told to an attached operator, if this history saw them."""
+    record = history.get(run_id)
+    if record is None or WHY not in record.spec:
+        return None, None
+    return record.run, Diagnosis.from_json(record.spec[WHY])
 
 
 def prunable(

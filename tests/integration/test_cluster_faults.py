@@ -85,8 +85,7 @@ def test_an_engine_that_is_killed(cluster: Rig, containers: bool) -> None:
     cluster.until(lambda: not cluster.processes("n2", "jobs/hol[d]"), "the end of the ranks on n2", QUICKLY)
     assert done.code == 3  # not the job's fault
     assert "first cause n2: " in " ".join(done.err.split()) and "engine" in done.err, done.text
-    if containers:
-        assert why(cluster, run)["node"] == "n2"
+    assert why(cluster, run)["node"] == "n2"
     faults.start_engine(cluster.cluster, "n2")
     # The dead container does not hold its node: the next run takes it.
     cluster.orch("deploy", "--nodes", "2", "--launcher", "none", "--", "true")
