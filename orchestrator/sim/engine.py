@@ -25,6 +25,7 @@ DISK_NEEDED_WARM = 2 * 10**9
 MEMORY_NEEDED = int(3.7 * 10**9)
 """A machine sold as 4 GB reports a little less."""
 
+_BRIDGE = "docker0"
 _START_SECONDS = 60.0
 _STOP_SECONDS = 40.0
 
@@ -192,6 +193,8 @@ def stop_ours(record: Path | None = None, say: Say = say) -> bool:
     if running or not _answers_elsewhere(ours):
         for point in mounts_below((ours.root, ours.run_dir), Path("/proc/self/mounts").read_text()):
             run(["umount", "-l", point], check=False, timeout=20)
+    if running and not answers():
+        run(["ip", "link", "delete", _BRIDGE], check=False, timeout=20)  # an engine leaves its bridge behind
     record.unlink(missing_ok=True)
     Path(ours.log).unlink(missing_ok=True)
     return running
