@@ -222,8 +222,15 @@ def _deploy(
         pinned = ensure_image(config, build=build, target=chosen, plan=contents, report=output.say)
         spec = replace(spec, image=pinned)
     phases = _Phases(spec.nodes)
-    found = workflow.start(backend, backend.plan(spec), state().history(), phases, target=target, inventory=inventory)
-    signals.hold()
+    found = workflow.start(
+        backend,
+        backend.plan(spec),
+        state().history(),
+        phases,
+        target=target,
+        inventory=inventory,
+        on_started=signals.hold,
+    )
     output.say(f"{found.run.id} started on {', '.join(found.run.nodes)}")
     if detach:
         if json:

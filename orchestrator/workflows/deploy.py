@@ -32,14 +32,27 @@ class Ended:
     found: Found
 
 
-def start(backend: Backend, plan: Plan, history: History, notify: Notify, *, target: str, inventory: str) -> Found:
-    """Submits `plan` on all nodes or on none, and keeps the history right whatever happens."""
+def start(
+    backend: Backend,
+    plan: Plan,
+    history: History,
+    notify: Notify,
+    *,
+    target: str,
+    inventory: str,
+    on_started: Callable[[], None] = lambda: None,
+) -> Found:
+    """Submits `plan` on all nodes or on none, and keeps the history right whatever happens.
+
+    `on_started` is called at once when all nodes have started: from then on a signal must not look like a rollback.
+    """
     spec = plan.spec
     found = planned(plan, time.time())
     record = record_of(spec, found, target=target, inventory=inventory)
     history.record(record)
     try:
         backend.submit(plan, notify)
+        on_started()
     except BaseException as error:  # also a KeyboardInterrupt, or a bug: the row must not stay `pending`
         interrupted = isinstance(error, (Interrupted, KeyboardInterrupt))
         code = error.exit_code if isinstance(error, OrchError) else 130 if interrupted else 1

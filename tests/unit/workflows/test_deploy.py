@@ -101,6 +101,23 @@ def test_no_row_stays_pending(make_cluster, history, monkeypatch, error: BaseExc
     assert row(history) == (state, code, True)
 
 
+def test_a_signal_right_after_the_start_is_noted_and_not_taken_for_a_rollback(make_cluster, history) -> None:
+    cluster = make_cluster(1)
+    with Signals() as signals:
+
+        def started() -> None:
+            signals.hold()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        plan = cluster.plan()
+        found = deploy.start(
+            cluster.backend, plan, history, cluster.tell, target="sim", inventory="", on_started=started
+        )
+        assert signals.take() == signal.SIGTERM
+    assert found.run.state is RunState.RUNNING
+    assert row(history) == ("running", None, False)
+
+
 def test_ctrl_c_during_create_rolls_back(make_cluster, history) -> None:
     """With Python's own handler: no `Signals` is there to turn it into an Interrupted."""
     cluster = make_cluster(2)
