@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from orchestrator.backends.base import Backend, Found
+from orchestrator.backends.base import Backend, Errors, Found
 from orchestrator.errors import DeadlineError, OrchError, UnreachableError
 from orchestrator.specs import Node, NodeResult, RunState
 
@@ -121,8 +121,12 @@ class Watch:
     def _left(self) -> list[Node]:
         return [node for node in self._nodes if node.name not in self.results]
 
-    def _in_background(self, action: Callable[[], object]) -> None:
-        thread = threading.Thread(target=action, daemon=True)
+    def _in_background(self, action: Callable[[], Errors]) -> None:
+        def act() -> None:
+            for node, error in action().items():
+                self._notify(node, f"could not be told to end its ranks: {error.message}")
+
+        thread = threading.Thread(target=act, daemon=True)
         self._requests.append(thread)
         thread.start()
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from orchestrator.errors import ConnectError, ConnectionLost, DeadlineError, RemoteError
-from orchestrator.specs import RankError, RankResult, RunState
+from orchestrator.backends.base import Found
+from orchestrator.errors import ConnectError, ConnectionLost, DeadlineError, OrchError, RemoteError
+from orchestrator.specs import RankError, RankResult, Run, RunState
 from orchestrator.workflows.watch import Timing, Watch
 
 TIMING = Timing(heartbeat=20.0, lost=45.0, grace=1.0, kill=4.0, graceful=30.0, pause=0.001)
@@ -215,3 +216,12 @@ def test_closing_ends_the_threads(scripted, start, until) -> None:
     watch.close()
     until(lambda: not any(thread.is_alive() for thread in mine))
     assert watch.results == {}
+
+
+def test_an_order_to_end_that_does_not_arrive_is_told() -> None:
+    told: list[tuple[str, str]] = []
+    found = Found(Run("r-1", "r", RunState.RUNNING, "ssh", ("n1",), 0.0), {"n1": "/r"})
+    watched = Watch(None, found, (), lambda node, text: told.append((node, text)))
+    watched._in_background(lambda: {"n1": OrchError("no space left")})
+    watched._requests[0].join(5)
+    assert told == [("n1", "could not be told to end its ranks: no space left")]
