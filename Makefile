@@ -4,13 +4,14 @@ SHELL := /bin/bash
 PYTHON ?= python3
 NODES ?= 2
 PROCS ?= 2
+COUNT ?= 200
 HOST := .venv/bin
 TRAINER := .venv-trainer/bin
 HOST_STAMP := .venv/.orch-stamp
 TRAINER_STAMP := .venv-trainer/.orch-stamp
 export ORCH_TRAINER_PYTHON := $(CURDIR)/$(TRAINER)/python
 
-.PHONY: help setup setup-trainer engine sim demo clean-demo test unit contract integration lint dry-run bench
+.PHONY: help setup setup-trainer engine sim demo clean-demo test unit parity contract integration soak lint dry-run bench
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -25,10 +26,11 @@ $(HOST_STAMP): pyproject.toml
 
 setup-trainer: $(TRAINER_STAMP) ## the trainer's environment: torch and the rest, as in the image
 
-$(TRAINER_STAMP): images/requirements-cpu.txt
+$(TRAINER_STAMP): images/requirements-cpu.txt images/requirements-cpu.no-deps.txt
 	@echo "installing torch and the rest into .venv-trainer (a minute or two)"
 	@$(PYTHON) -m venv .venv-trainer
 	@$(TRAINER)/pip install --quiet --disable-pip-version-check -r images/requirements-cpu.txt 'pytest~=9.0' 'pytest-timeout~=2.4'
+	@$(TRAINER)/pip install --quiet --disable-pip-version-check --no-deps -r images/requirements-cpu.no-deps.txt
 	@touch $@
 
 engine: setup ## a Docker engine that answers, with buildx and compose
@@ -44,11 +46,14 @@ demo: sim ## build, push, deploy and follow a real multi-node training job
 clean-demo: setup ## remove all that `make demo` has made, the engine it started included
 	@$(HOST)/orch sim down --images --engine
 
-test: setup setup-trainer lint unit contract integration ## every test, the real cluster's included
+test: setup setup-trainer lint unit parity contract integration ## every test, the real cluster's included
 
 unit: setup setup-trainer ## seconds, no network
 	$(HOST)/python -m pytest tests/unit --ignore=tests/unit/trainer
-	$(TRAINER)/python -m pytest tests/unit/trainer
+	$(TRAINER)/python -m pytest tests/unit/trainer tests/soak
+
+parity: setup-trainer ## every parallel layout against one process: loss, each gradient, their norm
+	$(TRAINER)/python -m pytest tests/parity
 
 contract: setup setup-trainer engine ## the formats that two sides share
 	$(HOST)/python -m pytest tests/contract --ignore=tests/contract/test_events_trainer.py
@@ -56,6 +61,9 @@ contract: setup setup-trainer engine ## the formats that two sides share
 
 integration: setup setup-trainer engine ## a real sshd, engine, registry and cluster
 	$(HOST)/python -m pytest tests/integration
+
+soak: setup-trainer ## COUNT faults (kill -9, torn files, flipped bits, full disks) while checkpoints are written
+	$(TRAINER)/python tests/soak/faults.py --count $(COUNT)
 
 lint: setup ## style and the import contracts
 	@$(HOST)/ruff check orchestrator trainer tests benchmarks

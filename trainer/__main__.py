@@ -1,4 +1,4 @@
-"""`python -m trainer run --config RECIPE [key=value …] [--dry_run]`: parsing, exit codes, last words.
+"""`python -m trainer run --config RECIPE [key=value …] [--dry_run]`, `plan`, `prepare`, `merge`: parsing, exit codes.
 
 Exit codes: 0 done · 1 failed · 2 wrong configuration · 75 stopped after a checkpoint, resume possible.
 """
@@ -15,16 +15,27 @@ from collections.abc import Sequence
 from trainer import config as configuration
 from trainer.context import Context, Folders, Outcome
 from trainer.distributed.env import RankEnv
-from trainer.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, EXIT_USAGE, ConfigError, TrainerError
+from trainer.distributed.layout import layout_for
+from trainer.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, ConfigError, TrainerError
 from trainer.events import Events
 from trainer.stop import StopRequest
+
+TOOLS = {
+    "plan": ("trainer.plan", "what a recipe needs on a cluster: memory by part, FLOPs, time; no GPU"),
+    "prepare": ("trainer.data.prepare", "text, JSONL or a data set → MDS, as text or tokens"),
+    "merge": ("trainer.models.merge", "a LoRA adapter and its base → a plain model folder"),
+}
+"""The commands that run as one process without ranks: module with `add_arguments` and `run`, and what it does."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m trainer",
         description="Train as a recipe says, alone or as one rank under torchrun, srun, mpirun or deepspeed.",
-        epilog="keys, with their defaults:\n" + configuration.describe(),
+        epilog="other commands (each has --help):\n"
+        + "".join(f"  {name:<8} {text}\n" for name, (_, text) in TOOLS.items())
+        + "\nkeys, with their defaults:\n"
+        + configuration.describe(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     # not a subparser: those do not allow overrides and flags in any order
@@ -43,6 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code. Every failure has been reported on stderr and in the event stream when it returns."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in TOOLS:
+        return _tool(argv[0], argv[1:])
     args = build_parser().parse_intermixed_args(argv)
     events: Events | None = None
     try:
@@ -56,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             dry_run.run(config)
             return EXIT_OK
-        config.check_world(env.world_size)
+        configuration.check_world(config, layout_for(config, env.world_size, env.local_world_size))
         folders = Folders.read(os.environ, config.name)
         events = events or Events(folders.run, env.rank, attempt)
         outcome = _run(env, config, folders, events)
@@ -67,6 +81,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return EXIT_PREEMPTED if outcome.status == "preempted" else EXIT_OK
+
+
+def _tool(name: str, argv: Sequence[str]) -> int:
+    module_name, text = TOOLS[name]
+    try:
+        module = importlib.import_module(module_name)
+        parser = argparse.ArgumentParser(prog=f"python -m trainer {name}", description=text)
+        module.add_arguments(parser)
+        return module.run(parser.parse_intermixed_args(argv))
+    except Exception as error:
+        _report(error, None)
+        return error.exit_code if isinstance(error, TrainerError) else EXIT_FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def _run(env: RankEnv, config: configuration.Config, folders: Folders, events: Events) -> Outcome:
@@ -95,7 +124,7 @@ def _report(error: Exception, events: Events | None) -> None:
         events.error(error)
         events.emit("end", status="failed")
         events.close()
-    if not isinstance(error, TrainerError) or error.exit_code != EXIT_USAGE:
+    if not isinstance(error, TrainerError):  # its event has the traceback of any error
         traceback.print_exception(error)
     if isinstance(error, TrainerError):
         print(f"error: {error.message}", file=sys.stderr)

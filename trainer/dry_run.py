@@ -6,9 +6,11 @@ Trains a few steps, saves, starts again from what was saved, and evaluates both:
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from trainer import config as configuration
 from trainer.config import Config
@@ -19,48 +21,65 @@ from trainer.events import Events
 from trainer.stop import StopRequest
 
 STEPS = 4
+SEQ_LEN = 64
 
 
-def shrink(config: Config) -> Config:
-    """`config` with the same choices and small sizes."""
+def shrink(config: Config, folder: Path) -> Config:
+    """`config` with the same choices and small sizes; what would come over the network is made in `folder`."""
     values = config.model_dump(mode="json")
     values["model"].update(
+        pretrained=None,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=2 if config.model.num_key_value_heads else None,
+        vocab_size=None,
+        extra={key: value for key, value in config.model.extra.items() if not key.endswith(("_dim", "_size"))},
     )
-    values["tokenizer"]["vocab_size"] = min(config.tokenizer.vocab_size, 512)
-    values["data"]["seq_len"] = min(config.data.seq_len, 64)
-    values["train"].update(
-        steps=STEPS,
-        global_batch=4,
-        micro_batch=2,
-        device="cpu",
-        max_bad_steps=0,
-        precision=config.train.precision,
-    )
+    values["tokenizer"].update(path=None, vocab_size=min(config.tokenizer.vocab_size, 512))
+    values["data"].update(_data(config, folder))
+    # one process: layouts are the parity tests' business
+    values["parallel"].update(strategy="ddp", replicate=None, tensor=1, sequence=False, pipeline=1)
+    values["train"].update(steps=STEPS, global_batch=4, micro_batch=2, device="cpu", max_bad_steps=0, compile=False)
     values["optim"]["warmup_steps"] = min(config.optim.warmup_steps, 1)
-    values["eval"]["every"] = 0
-    values["checkpoint"].update(every=2, resume="auto", on_failure="stop")
-    values["log"]["every"] = 1
+    values["optim"]["decay_steps"] = None
+    values["eval"].update(every=0, source=None, path=None, max_rows=16)
+    values["checkpoint"].update(every=2, resume="auto", on_failure="stop", remote=None)
+    values["log"].update(every=1, wandb=None, profile=None)
     values["sample"]["max_new_tokens"] = min(config.sample.max_new_tokens, 8)
     return configuration.validate(values, "dry run")
+
+
+def _data(config: Config, folder: Path) -> dict[str, Any]:
+    """Small local data of the same kind as the recipe's."""
+    local: dict[str, Any] = {"seq_len": min(config.data.seq_len, SEQ_LEN), "remote": None, "limit": 60}
+    local.update(workers=min(config.data.workers, 1), holdout=max(config.data.holdout, 0.05))
+    if config.data.source == "chat":
+        talk = [
+            {"role": "user", "content": "Which number comes after {}?"},
+            {"role": "assistant", "content": "After {} comes the next one."},
+        ]
+        rows = [
+            {"messages": [{**part, "content": part["content"].format(number)} for part in talk]}
+            for number in range(60)
+        ]
+        path = folder / "chat.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return local | {"path": str(path)}
+    return local | {"source": "pydoc_topics", "path": None, "name": None, "subset": None}
 
 
 def run(config: Config) -> None:
     """Raises whatever the real run would raise, and CheckpointError if the reloaded model differs."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    small = shrink(config)
     with tempfile.TemporaryDirectory(prefix="trainer-dry-run-") as name:
+        small = shrink(config, Path(name))
         trained = _once(small, Path(name))
         print("dry run: starting again from the checkpoint", flush=True)
         reloaded = _once(small, Path(name))
     if trained.loss != reloaded.loss or reloaded.step != STEPS:
-        raise CheckpointError(
-            f"dry run: held-out loss {trained.loss} became {reloaded.loss} after save and load"
-        )
+        raise CheckpointError(f"dry run: held-out loss {trained.loss} became {reloaded.loss} after save and load")
     print(f"dry run of recipe {config.name!r} passed: trained, saved, loaded, evaluated", flush=True)
 
 

@@ -59,9 +59,11 @@ def nearest(word: str, valid: Sequence[str]) -> str | None:
 
     Dotted keys are also compared by their last part, so that `train.lr` finds `optim.lr`.
     """
-    found = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.6)
-    if found:
-        return found[0]
+    own = word.rpartition(".")[2]
+    for found in difflib.get_close_matches(word, list(valid), n=3, cutoff=0.6):
+        # a long common section alone is no resemblance
+        if difflib.SequenceMatcher(None, own, found.rpartition(".")[2]).ratio() >= 0.5:
+            return found
     last = {key.rpartition(".")[2]: key for key in reversed(list(valid))}
     found = difflib.get_close_matches(word.rpartition(".")[2], list(last), n=1, cutoff=0.6)
     return last[found[0]] if found else None

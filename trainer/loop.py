@@ -3,150 +3,165 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
-import torch
-
-from trainer.checkpoint import Checkpointer
+from trainer.checkpoints import Checkpointer, TrainingState
 from trainer.config import Config
-from trainer.data.loader import Batch
 from trainer.data.packing import IGNORE
-from trainer.distributed.data_parallel import DataParallel
-from trainer.distributed.process_group import Communicator
+from trainer.distributed import gradients
+from trainer.distributed.mesh import Mesh
 from trainer.errors import NonFiniteError
-from trainer.evaluate import summed_loss
 from trainer.events import Events
-from trainer.metrics import Reporter, StepMetrics
+from trainer.metrics import Reporter, StepMetrics, StepTimer
+from trainer.models.sparse import SparseController, sparsity
+from trainer.profiling import Profiler
 from trainer.stop import StopRequest
-from trainer.training_state import TrainingState
+from trainer.watchdog import Watchdog
 
 
+@dataclass
 class Loop:
     """Takes `state` from its step to `train.steps`."""
 
-    def __init__(
-        self,
-        config: Config,
-        state: TrainingState,
-        model: DataParallel,
-        comm: Communicator,
-        *,
-        checkpointer: Checkpointer,
-        reporter: Reporter,
-        events: Events,
-        stop: StopRequest,
-        evaluate: Callable[[int], None],
-    ) -> None:
-        self._config = config
-        self._state = state
-        self._model = model
-        self._comm = comm
-        self._checkpointer = checkpointer
-        self._reporter = reporter
-        self._events = events
-        self._stop = stop
-        self._evaluate = evaluate
-        self._bad_steps = 0
+    config: Config
+    state: TrainingState
+    mesh: Mesh
+    checkpointer: Checkpointer
+    reporter: Reporter
+    events: Events
+    stop: StopRequest
+    evaluate: Callable[[int], object]
+    watchdog: Watchdog
+    profiler: Profiler
+    sparse: SparseController | None = None
+    _bad_steps: int = field(default=0, init=False)
 
     def run(self) -> str:
         """`succeeded` after the last step, or `preempted` after the checkpoint that a stop asked for."""
-        total, state = self._config.train.steps, self._state
+        total, state = self.config.train.steps, self.state
         while state.step < total:
+            self.profiler.before(state.step + 1)
             metrics = self.step()
             if metrics is None:
-                self._reporter.say(f"stop requested ({self._stop.reason}): saving at step {state.step}")
-                self._checkpointer.save(state)
+                self.reporter.say(f"stop requested ({self.stop.reason}): saving at step {state.step}")
+                self._save_and_wait()
                 return "preempted"
-            self._reporter.step(state.step, metrics)
+            self.profiler.after(state.step)
+            self.watchdog.step(metrics.step_s)
+            self.reporter.step(state.step, metrics)
             if state.step < total:
-                if _due(self._config.eval.every, state.step):
-                    self._evaluate(state.step)
-                if _due(self._config.checkpoint.every, state.step):
-                    self._checkpointer.save(state)
-        self._checkpointer.save(state)
+                self._between_steps()
+        self._save_and_wait()
         return "succeeded"
+
+    def _between_steps(self) -> None:
+        step = self.state.step
+        if _due(self.config.eval.every, step):
+            with self.watchdog.pause():
+                self.evaluate(step)
+        if _due(self.config.checkpoint.every, step):
+            with self.watchdog.pause():
+                self.checkpointer.save(self.state)
+
+    def _save_and_wait(self) -> None:
+        with self.watchdog.pause():
+            self.checkpointer.save(self.state)
+            self.checkpointer.finish()
 
     def step(self) -> StepMetrics | None:
         """One optimizer step, or None if any rank was asked to stop (nothing has moved then).
 
-        Raises NonFiniteError after `train.max_bad_steps` steps in a row with a non-finite gradient.
+        Raises NonFiniteError after `train.max_bad_steps` steps in a row with a non-finite gradient, or
+        at the first with `train.non_finite: stop`.
         """
-        state, device = self._state, self._comm.device
-        began = time.perf_counter()
-        batches = state.stream.peek()
-        valid = sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)
-        data_s = time.perf_counter() - began
-        # one small all-reduce answers both: how many tokens has the global batch, and does anyone stop
-        tokens, stops = self._comm.sum([valid, float(self._stop.requested)])
+        state, comm, timer = self.state, self.mesh.comm, StepTimer()
+        with timer.data():
+            batches = state.stream.peek()
+            valid = sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)
+        with timer.wait():
+            # one small all-reduce answers both: how many tokens has the global batch, and does anyone stop
+            tokens, stops = comm.sum([valid if self.mesh.counts_rows else 0, float(self.stop.requested)])
         if stops:
             return None
-        loss_sum = self._backward(batches, tokens)
-        grad_norm = self._update()
-        (loss_sum_all,) = self._comm.sum([loss_sum.item()])
-        lr = state.schedule.get_last_lr()[0]
+        if self.sparse is not None:
+            self.sparse.step(state.step)
+        loss_sum = state.model.forward_backward(batches, state.scaler.scale / max(tokens, 1))
+        self.checkpointer.poll()  # what is being saved must be copied before the optimizer changes it
+        lr, decay, scale = state.schedule.lr, state.schedule.weight_decay, state.scaler.scale
+        norm = self._update()
+        loss_here = loss_sum.item()
+        (loss_all,) = comm.sum([loss_here])
         state.schedule.step()
-        state.stream.advance()
         state.step += 1
-        self._events.step = state.step
-        self._check_finite(grad_norm)
-        step_s = time.perf_counter() - began
-        loss = loss_sum_all / max(tokens, 1)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return StepMetrics(loss, lr, grad_norm, int(tokens), step_s, data_s)
+        self.events.step = state.step
+        if not math.isfinite(norm):
+            self._record_bad_step(norm, loss_here)
+        state.stream.advance()
+        self._check_finite(norm)
+        return StepMetrics(
+            loss=loss_all / max(tokens, 1),
+            lr=lr,
+            grad_norm=norm,
+            tokens=int(tokens),
+            step_s=timer.step_s,
+            data_s=timer.data_s,
+            wait_s=timer.wait_s,
+            weight_decay=decay,
+            loss_scale=scale if state.scaler.enabled else None,
+            sparsity=sparsity(*state.model.parts) if self._tells_sparsity() else None,
+        )
+
+    def _tells_sparsity(self) -> bool:
+        return self.sparse is not None and _due(self.config.log.every, self.state.step)
 
     def settle(self) -> None:
-        """Before a resume: lets DDP arrange its buckets as the uninterrupted run has them."""
-        batches = self._state.stream.peek()[:1]
-        self._model.settle(lambda: self._backward(batches, 1.0))
-
-    def _backward(self, batches: list[Batch], tokens: float) -> torch.Tensor:
-        """Accumulates the gradient of (summed loss of all ranks / `tokens`); → this rank's summed loss."""
-        device = self._comm.device
-        scale = self._model.gradient_scale / max(tokens, 1)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        for index, batch in enumerate(batches):
-            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-            with self._model.accumulate(last=index == len(batches) - 1):
-                with self._autocast():
-                    loss = summed_loss(self._model.wrapped, batch)
-                (loss * scale).backward()
-            loss_sum += loss.detach().double()
-        return loss_sum
+        """Before a resume: lets the layout reach the state that a model has which trained already."""
+        batches = self.state.stream.peek()
+        self.state.model.settle(lambda: self.state.model.forward_backward(batches, 1.0))
 
     def _update(self) -> float:
         """Clips and takes the optimizer step; → the gradient norm before clipping.
 
-        After DDP's all-reduce the gradients, so also their norm, are the same on every rank: all ranks
-        skip a non-finite one together.
+        The norm is the same on every rank of every layout, so all ranks skip a non-finite one together.
         """
-        clip = self._config.optim.clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self._model.module.parameters(), clip).item()
-        if math.isfinite(norm):
-            self._state.optimizer.step()
-        self._state.optimizer.zero_grad(set_to_none=True)
+        state, clip = self.state, self.config.optim.clip
+        norm = gradients.global_norm(state.model) / state.scaler.scale
+        finite = math.isfinite(norm)
+        if finite:
+            factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
+            if factor != 1.0 or state.scaler.scale != 1.0:
+                gradients.multiply_(state.model, factor / state.scaler.scale)
+            state.optimizer.step()
+        state.model.zero_grad()
+        state.scaler.update(finite)
         return norm
+
+    def _record_bad_step(self, norm: float, loss_here: float) -> None:
+        """Rank 0's event names the rows of the batch, and the data-parallel ranks whose own loss was not finite."""
+        rows = self.state.stream.sources() if self.mesh.counts_rows else []
+        everyone = self.mesh.comm.gather((self.mesh.data_rank, math.isfinite(loss_here), rows))
+        guilty = {data_rank for data_rank, finite, _ in everyone if not finite}
+        named = [row for data_rank, _, rows in everyone if data_rank in guilty or not guilty for row in rows]
+        if self.mesh.comm.env.is_main:
+            self.events.emit("bad_step", grad_norm=str(norm), rows=named, data_ranks=sorted(guilty))
 
     def _check_finite(self, norm: float) -> None:
         if math.isfinite(norm):
             self._bad_steps = 0
             return
+        overflow = self.state.scaler.enabled  # fp16: an expected way of finding the loss scale
         self._bad_steps += 1
-        self._reporter.say(f"warning: step {self._state.step} skipped, its gradient norm is {norm}")
-        if self._bad_steps > self._config.train.max_bad_steps:
+        self.reporter.say(f"warning: step {self.state.step} skipped, its gradient norm is {norm}")
+        train = self.config.train
+        allowed = train.max_bad_steps if train.non_finite == "skip" else 0
+        if self._bad_steps > (max(allowed, 20) if overflow else allowed):
             raise NonFiniteError(
-                f"the gradient was not finite in {self._bad_steps} steps in a row,"
-                f" up to step {self._state.step}",
-                hint="Lower optim.lr, lengthen optim.warmup_steps, or look at the data of these steps.",
+                f"the gradient was not finite in {self._bad_steps} steps in a row, up to step {self.state.step}",
+                hint="Lower optim.lr, lengthen optim.warmup_steps, or look at the rows that the event bad_step names.",
             )
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        if self._config.train.precision == "bf16":
-            return torch.autocast(self._comm.device.type, dtype=torch.bfloat16)
-        return nullcontext()
 
 
 def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
+

@@ -1,8 +1,15 @@
-"""What rank 0 reports of each step: event, TensorBoard, console line."""
+"""What rank 0 reports of each step: event, TensorBoard, Weights & Biases, console line."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import importlib.util
+import os
 import resource
+import sys
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +17,9 @@ from typing import Any
 import torch
 
 from trainer.config import Config
+from trainer.errors import ConfigError
 from trainer.events import Events
-
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
-"""Dense bf16 peaks from the vendors' data sheets; MFU is given against these only."""
+from trainer.models.flops import peak_flops
 
 
 @dataclass(frozen=True)
@@ -28,21 +34,48 @@ class StepMetrics:
     step_s: float
     data_s: float
     """Seconds spent on getting the batch, part of `step_s`."""
+    wait_s: float = 0.0
+    """Seconds in the step's first collective, part of `step_s`: waiting for the slowest rank."""
+    weight_decay: float | None = None
+    loss_scale: float | None = None
+    """fp16 only."""
+    sparsity: float | None = None
+    """Measured share of zeros in sparse layers; None without them."""
+
+    @property
+    def compute_s(self) -> float:
+        """What is left of `step_s`: forward, backward, reductions and the update."""
+        return max(self.step_s - self.data_s - self.wait_s, 0.0)
 
     @property
     def tokens_per_s(self) -> float:
         return self.tokens / self.step_s if self.step_s else 0.0
 
 
-def flops_per_token(model_config: Any, parameters: int, seq_len: int) -> float:
-    """Training FLOPs per token, strict count: no input embedding, causal attention (half the square).
+class StepTimer:
+    """Splits a step's wall clock. On a GPU the work is asynchronous: the loop reads one number of each step back
+    (the gradient norm), which waits for it, so whole steps are true without any further synchronisation."""
 
-    6 per parameter that multiplies (Kaplan et al., 2020, appendix B) plus 12·layers·hidden·seq_len/2.
-    """
-    embedding = model_config.vocab_size * model_config.hidden_size
-    multiplying = parameters if model_config.tie_word_embeddings else parameters - embedding
-    attention = 6 * model_config.num_hidden_layers * model_config.hidden_size * seq_len
-    return 6.0 * multiplying + attention
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self.data_s = 0.0
+        self.wait_s = 0.0
+
+    @contextlib.contextmanager
+    def data(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.data_s += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def wait(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.wait_s += time.perf_counter() - began
+
+    @property
+    def step_s(self) -> float:
+        return time.perf_counter() - self._began
 
 
 def peak_memory(device: torch.device) -> int:
@@ -65,19 +98,30 @@ class Reporter:
         main: bool,
         world_size: int,
     ) -> None:
+        """Raises ConfigError on every rank if `log.wandb` is set and the package is not there."""
         self._config = config
         self._events = events
         self._device = device
         self._main = main
         self._world_size = world_size
-        self._flops_per_token = 0.0
+        self._flops_per_token: float | None = None
+        self._peak = peak_flops(device)
         self._board = None
+        self._wandb: Any = None
+        if config.log.wandb and "wandb" not in sys.modules and importlib.util.find_spec("wandb") is None:
+            raise ConfigError(
+                f"log.wandb={config.log.wandb}: the package wandb is not installed",
+                hint="Add wandb to your requirements.txt (pip install wandb), or leave log.wandb unset.",
+            )
         if main and config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # 0.4 s that only rank 0 pays
 
             self._board = SummaryWriter(log_dir=str(run_dir / "tensorboard"))
+        if main and config.log.wandb:
+            self._wandb = _start_wandb(config, run_dir)
 
-    def set_flops(self, flops: float) -> None:
+    def set_flops(self, flops: float | None) -> None:
+        """FLOPs per token by the strict count (models/flops.py); None: unknown, and no MFU."""
         self._flops_per_token = flops
 
     def say(self, text: str) -> None:
@@ -87,6 +131,15 @@ class Reporter:
     def step(self, step: int, metrics: StepMetrics) -> None:
         if not self._main:
             return
+        mfu, memory = self.mfu(metrics.tokens_per_s), peak_memory(self._device)
+        per_device = metrics.tokens_per_s / self._world_size
+        optional = {
+            "weight_decay": metrics.weight_decay,
+            "loss_scale": metrics.loss_scale,
+            "sparsity": metrics.sparsity,
+        }
+        optional = {name: value for name, value in optional.items() if value is not None}
+        times = {name: getattr(metrics, name) for name in ("step_s", "data_s", "wait_s", "compute_s")}
         self._events.emit(
             "step",
             loss=metrics.loss,
@@ -94,27 +147,20 @@ class Reporter:
             grad_norm=metrics.grad_norm,
             tokens=metrics.tokens,
             tokens_per_s=round(metrics.tokens_per_s, 1),
-            step_s=round(metrics.step_s, 6),
-            data_s=round(metrics.data_s, 6),
-            mfu=self._mfu(metrics),
-            memory=peak_memory(self._device),
+            tokens_per_s_device=round(per_device, 1),
+            **{name: round(value, 6) for name, value in times.items()},
+            mfu=mfu,
+            memory=memory,
+            **optional,
         )
-        self._scalars(
-            step,
-            {
-                "train/loss": metrics.loss,
-                "train/lr": metrics.lr,
-                "train/grad_norm": metrics.grad_norm,
-                "speed/tokens_per_s": metrics.tokens_per_s,
-                "speed/step_s": metrics.step_s,
-            },
-        )
+        speed = {"tokens_per_s": metrics.tokens_per_s, "tokens_per_s_device": per_device, "mfu": mfu, **times}
+        train = {"loss": metrics.loss, "lr": metrics.lr, "grad_norm": metrics.grad_norm, **optional}
+        scalars: dict[str, float] = {f"train/{name}": value for name, value in train.items()}
+        scalars |= {f"speed/{name}": value for name, value in speed.items() if value is not None}
+        self._scalars(step, {**scalars, "memory/peak_gb": memory / 1e9})
         total = self._config.train.steps
         if step == 1 or step == total or step % self._config.log.every == 0:
-            self.say(
-                f"step {step:>{len(str(total))}}/{total}  loss {metrics.loss:.4f}  lr {metrics.lr:.2e}"
-                f"  grad norm {metrics.grad_norm:.3f}  {metrics.tokens_per_s:,.0f} tokens/s"
-            )
+            self.say(self._line(step, metrics, mfu, memory))
 
     def evaluation(self, step: int, loss: float, perplexity: float, tokens: int, seconds: float) -> None:
         if not self._main:
@@ -134,18 +180,53 @@ class Reporter:
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def mfu(self, tokens_per_s: float) -> float | None:
+        """Model FLOPs utilisation: tokens/s × strict FLOPs per token / (devices × dense bf16 peak of one).
+
+        Chowdhery et al. 2022 (PaLM), appendix B. None where the peak or the model's count is not known.
+        """
+        if self._peak is None or self._flops_per_token is None:
+            return None
+        return round(tokens_per_s * self._flops_per_token / (self._peak * self._world_size), 4)
+
+    def _line(self, step: int, metrics: StepMetrics, mfu: float | None, memory: int) -> str:
+        total = self._config.train.steps
+        parts = [
+            f"step {step:>{len(str(total))}}/{total}",
+            f"loss {metrics.loss:.4f}",
+            f"lr {metrics.lr:.2e}",
+            f"grad norm {metrics.grad_norm:.3f}",
+            f"{metrics.tokens_per_s:,.0f} tokens/s"
+            + (f" ({metrics.tokens_per_s / self._world_size:,.0f} per device)" if self._world_size > 1 else ""),
+        ]
+        if mfu is not None:
+            parts.append(f"MFU {mfu:.1%}")
+        if metrics.sparsity is not None:
+            parts.append(f"sparsity {metrics.sparsity:.1%}")
+        lost = {"data": metrics.data_s, "waiting": metrics.wait_s}
+        # what costs little is not worth a word
+        parts += [f"{k} {v / metrics.step_s:.0%}" for k, v in lost.items() if v > 0.05 * metrics.step_s]
+        return "  ".join([*parts, f"{memory / 1e9:.1f} GB"])
 
     def _scalars(self, step: int, values: dict[str, float]) -> None:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
 
-    def _mfu(self, metrics: StepMetrics) -> float | None:
-        """Model FLOPs utilisation against the bf16 peak; None where no peak is known (any CPU)."""
-        if self._device.type != "cuda":
-            return None
-        name = torch.cuda.get_device_name(self._device)
-        peak = next((value for key, value in PEAK_FLOPS.items() if key in name), None)
-        if peak is None:
-            return None
-        return round(metrics.tokens_per_s * self._flops_per_token / (peak * self._world_size), 4)
+
+def _start_wandb(config: Config, run_dir: Path) -> Any:
+    """The W&B run. Its id is that of our run, so that a later attempt of the same run continues it."""
+    wandb = importlib.import_module("wandb")
+    return wandb.init(
+        project=config.log.wandb,
+        id=os.environ.get("ORCH_RUN_ID"),
+        name=os.environ.get("ORCH_RUN_ID") or config.name,
+        resume="allow",
+        dir=str(run_dir),
+        config=config.model_dump(mode="json"),
+    )

@@ -1,186 +1,140 @@
-"""Training a causal language model from nothing: data, model, loop, held-out perplexity, a sample."""
+"""Training a causal language model on documents: data, model, loop, held-out perplexity, a sample."""
 
 from __future__ import annotations
 
-import platform
-import time
-from pathlib import Path
-
 import torch
 
-from trainer.checkpoint import Checkpointer
+from trainer.assemble import (
+    Data,
+    Model,
+    Session,
+    evaluate_and_report,
+    held_out_rows,
+    open_data,
+    open_model,
+    open_session,
+    pretrained_folder,
+)
+from trainer.checkpoints import Checkpointer, TrainingState
 from trainer.config import Config
 from trainer.context import Context, Outcome
-from trainer.data import text, tokenizer
-from trainer.data.loader import BatchStream
-from trainer.data.packing import PackedDataset, encode
-from trainer.data.tokenizer import BOS_ID, EOS_ID, PAD_ID
-from trainer.distributed.data_parallel import DataParallel
-from trainer.distributed.process_group import Communicator, pick_device
-from trainer.errors import DataError
-from trainer.evaluate import Evaluation, evaluate
+from trainer.data.stream import BatchStream
+from trainer.data.tokenizer import TextTokenizer
 from trainer.loop import Loop
-from trainer.metrics import Reporter, flops_per_token
-from trainer.models.load import build_model, count_parameters
-from trainer.optim import build_optimizer, build_schedule
-from trainer.training_state import TrainingState, seed_everything
+from trainer.optimize import LossScaler, Schedule, build_optimizer
+from trainer.profiling import Profiler
+from trainer.watchdog import Watchdog
 
 
 def run(context: Context) -> Outcome:
     """The whole task, on every rank."""
-    env, config = context.env, context.config
-    device = pick_device(env, config.train.device)
-    comm = Communicator(env, device, config.distributed.timeout)
-    reporter = Reporter(
-        config, context.folders.run, context.events, device, main=env.is_main, world_size=env.world_size
-    )
-    _announce(context, comm, reporter)
-    outcome = _train(context, comm, reporter)
-    reporter.close()
-    comm.close()
+    session = open_session(context)
+    outcome = train(session)
+    session.close()
     return outcome
 
 
-def _train(context: Context, comm: Communicator, reporter: Reporter) -> Outcome:
-    config, events = context.config, context.events
-    folder, train_set, held_out = _prepare_data(context, comm, reporter)
-    seed_everything(config.seed, comm.env.rank)
-    module = build_model(config, tokenizer.load(folder).get_vocab_size(), comm.device)
-    parameters = count_parameters(module)
-    reporter.set_flops(flops_per_token(module.config, parameters, config.data.seq_len))
-    reporter.say(
-        f"model: {parameters / 1e6:.2f} M parameters, {config.train.precision}, on {comm.device.type}"
+def train(session: Session) -> Outcome:
+    """Trains from the newest checkpoint, or the beginning, to `train.steps`; evaluates and shows a sample."""
+    context, config = session.context, session.config
+    folder = pretrained_folder(session)
+    data = open_data(session, folder)
+    model = open_model(session, data.tokenizer, folder)
+    rows = held_out_rows(session, data)
+    state = training_state(session, data, model)
+    checkpointer = Checkpointer(
+        config.checkpoint, context.folders.checkpoints, session.mesh, session.reporter, run=config.name
     )
-    model = DataParallel(module, comm)
-    optimizer = build_optimizer(module, config.optim)
-    state = TrainingState(
-        model=module,
-        optimizer=optimizer,
-        schedule=build_schedule(optimizer, config.train.steps, config.optim),
-        stream=_stream(config, train_set, comm),
-        tokenizer_folder=folder,
-        config_hash=config.hash(),
-    )
-
-    def held_out_loss(step: int) -> Evaluation | None:
-        if not len(held_out):
-            return None
-        began = time.perf_counter()
-        result = evaluate(
-            module,
-            held_out,
-            comm,
-            micro_batch=config.eval.micro_batch,
-            cross_document_attention=config.data.cross_document_attention,
-        )
-        reporter.evaluation(step, result.loss, result.perplexity, result.tokens, time.perf_counter() - began)
-        return result
-
-    checkpointer = Checkpointer(config.checkpoint, context.folders.checkpoints, comm, reporter)
+    run_dir, rank = context.folders.run, context.env.rank
+    watchdog = Watchdog(run_dir, rank, context.events, factor=config.log.hang_factor, floor=config.log.hang_floor)
+    profiler = Profiler(config.log.profile, run_dir, rank)
     loop = Loop(
-        config,
-        state,
-        model,
-        comm,
+        config=config,
+        state=state,
+        mesh=session.mesh,
         checkpointer=checkpointer,
-        reporter=reporter,
-        events=events,
+        reporter=session.reporter,
+        events=context.events,
         stop=context.stop,
-        evaluate=held_out_loss,
+        evaluate=lambda step: evaluate_and_report(session, model.parallel, rows, step),
+        watchdog=watchdog,
+        profiler=profiler,
+        sparse=model.sparse,
     )
     checkpointer.resume(state, before_load=loop.settle)
-    events.step = state.step
+    context.events.step = state.step
     if state.step >= config.train.steps:
-        reporter.say(f"training is already complete at step {state.step} of {config.train.steps}")
-    if loop.run() == "preempted":
-        return Outcome("preempted", state.step)
-    final = held_out_loss(state.step)
-    if comm.env.is_main:
-        _print_sample(module, folder, config, comm.device)
+        session.reporter.say(f"training is already complete at step {state.step} of {config.train.steps}")
+    try:
+        if loop.run() == "preempted":
+            return Outcome("preempted", state.step)
+    finally:
+        watchdog.close()
+        profiler.close()
+        state.stream.close()
+    final = evaluate_and_report(session, model.parallel, rows, state.step)
+    if data.tokenizer is not None:
+        print_sample(session, model, data.tokenizer)
     return Outcome("succeeded", state.step, final.loss if final else None)
 
 
-def _announce(context: Context, comm: Communicator, reporter: Reporter) -> None:
-    env = context.env
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    context.events.emit(
-        "start",
-        world=env.world_size,
-        host=platform.node(),
-        versions=versions,
-        config_hash=context.config.hash(),
-    )
-    hosts = sorted(set(comm.gather(platform.node())))
-    reporter.say(f"world: {env.world_size} ranks on {len(hosts)} nodes ({', '.join(hosts)})")
-
-
-def _prepare_data(
-    context: Context, comm: Communicator, reporter: Reporter
-) -> tuple[Path, PackedDataset, PackedDataset]:
-    """(tokenizer folder, training rows, held-out rows), the same on every rank.
-
-    Raises DataError if the ranks do not have the same data.
-    """
-    config = context.config
-    data = config.data
-    train_text, held_text = text.split(text.load_documents(data), data.holdout, config.seed)
-    folder = tokenizer.prepare(
-        train_text,
-        config.tokenizer.vocab_size,
-        context.folders.cache,
-        leader=comm.env.is_node_main,
-        timeout=data.prepare_timeout,
-        say=lambda line: print(line, flush=True),
-    )
-    encoder = tokenizer.load(folder)
-    train_set = PackedDataset(encode(encoder, train_text), data.seq_len, config.seed, data.shuffle)
-    held_out = PackedDataset(encode(encoder, held_text), data.seq_len, config.seed, shuffle=False)
-    prints = comm.gather((platform.node(), train_set.fingerprint, held_out.fingerprint))
-    different = sorted({host for host, *prints_ in prints if prints_ != list(prints[0][1:])})
-    if different:
-        raise DataError(
-            f"the data on {', '.join(different)} is not the same as on rank 0's node {prints[0][0]}",
-            hint="All nodes need the same image (Python and tokenizers versions) and the same files.",
-        )
-    reporter.say(
-        f"data: {data.source}, {train_set.tokens:,} tokens in {len(train_set):,} rows of {data.seq_len},"
-        f" {len(held_out):,} rows held out"
-    )
-    return folder, train_set, held_out
-
-
-def _stream(config: Config, dataset: PackedDataset, comm: Communicator) -> BatchStream:
-    return BatchStream(
-        dataset,
+def training_state(session: Session, data: Data, model: Model) -> TrainingState:
+    config, mesh = session.config, session.mesh
+    optimizer = build_optimizer(model.parallel, config.optim)
+    stream = BatchStream(
+        data.train,
+        config.data,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
-        rank=comm.env.rank,
-        world_size=comm.world_size,
-        cross_document_attention=config.data.cross_document_attention,
+        data_rank=mesh.data_rank,
+        data_size=mesh.layout.data,
+        pad_id=data.pad_id,
+        seed=config.seed,
+        timeout=config.distributed.timeout,
+    )
+    return TrainingState(
+        model=model.parallel,
+        optimizer=optimizer,
+        schedule=Schedule(optimizer, config.train.steps, config.optim),
+        scaler=LossScaler(config.train.precision == "fp16"),
+        stream=stream,
+        hf_config=model.hf_config,
+        tokenizer_folder=data.tokenizer.folder if data.tokenizer else None,
+        config_hash=config.hash(),
     )
 
 
 @torch.no_grad()
-def _print_sample(model: torch.nn.Module, folder: Path, config: Config, device: torch.device) -> None:
-    """Prints the prompt with the model's continuation; the same text at each run of the same weights."""
-    sample = config.sample
-    if not sample.max_new_tokens:
+def print_sample(session: Session, model: Model, tokenizer: TextTokenizer) -> None:
+    """Prints the prompt with the model's continuation; the same text at each run of the same weights.
+
+    All ranks generate together with the same random numbers, since a sharded model's forward pass is collective.
+    A pipeline's stages cannot: no sample there.
+    """
+    config = session.config
+    sample, device = config.sample, session.comm.device
+    if not sample.max_new_tokens or session.mesh.layout.pipeline > 1:
         return
-    encoder = tokenizer.load(folder)
-    ids = torch.tensor(
-        [[BOS_ID, *encoder.encode(sample.prompt, add_special_tokens=False).ids]], device=device
-    )
-    room = max(config.data.seq_len - ids.shape[1], 1)
-    model.eval()
-    torch.manual_seed(config.seed)
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=min(sample.max_new_tokens, room),
-        do_sample=sample.temperature > 0,
-        temperature=sample.temperature or None,
-        eos_token_id=EOS_ID,
-        pad_token_id=PAD_ID,
-        use_cache=True,
-    )
-    print(f"sample: {encoder.decode(output[0].tolist(), skip_special_tokens=True)!r}", flush=True)
+    (module,) = model.parallel.parts
+    start = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
+    ids = torch.tensor([[*start, *tokenizer.encode(sample.prompt)]], device=device)
+    model.parallel.train(False)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        for _ in range(min(sample.max_new_tokens, max(config.data.seq_len - ids.shape[1], 1))):
+            ids = torch.cat([ids, _next_token(module, ids, config)], dim=1)
+            if ids[0, -1] == tokenizer.eos_id:
+                break
+    model.parallel.train()
+    if session.comm.env.is_main:
+        print(f"sample: {tokenizer.decode(ids[0].tolist())!r}", flush=True)
+
+
+def _next_token(module: torch.nn.Module, ids: torch.Tensor, config: Config) -> torch.Tensor:
+    """(1, 1): drawn at `sample.temperature` from the model's distribution after `ids` (1, n)."""
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    logits = module(input_ids=ids, position_ids=positions, use_cache=False).logits
+    logits = (logits.full_tensor() if hasattr(logits, "full_tensor") else logits)[:, -1].float()
+    if config.sample.temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    return torch.multinomial(torch.softmax(logits / config.sample.temperature, dim=-1), 1)

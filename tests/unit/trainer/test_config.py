@@ -5,6 +5,7 @@ import yaml
 
 from trainer import config as configuration
 from trainer.__main__ import build_parser
+from trainer.distributed.layout import Layout, layout_for
 from trainer.errors import ConfigError
 
 
@@ -21,7 +22,16 @@ def test_every_recipe_is_valid_and_resolves_to_itself(tmp_path):
         saved = tmp_path / "config.yaml"
         saved.write_text(config.to_yaml())
         assert configuration.load(str(saved)) == config
-        assert config.check_world(1) and config.check_world(2) and config.check_world(4)
+
+
+WORLDS = {"fineweb-fsdp": 32, "llama-8b-fsdp-tp": 64, "llama-1b-fineweb": 8, "llama-8b-sft": 8, "llama-8b-lora": 4}
+
+
+def test_every_recipe_fits_the_ranks_it_is_made_for():
+    for name in configuration.recipe_names():
+        config = configuration.load(name)
+        for world in (1, 2, 4) if name not in WORLDS else (WORLDS[name],):
+            configuration.check_world(config, layout_for(config, world, min(world, 8)))
 
 
 def test_overrides_take_their_keys_type():
@@ -49,20 +59,19 @@ def test_unknown_key_names_the_nearest(override, near):
 
 
 def test_unknown_key_without_a_near_one_lists_the_section():
-    assert "valid here: vocab_size" in _fails("tokenizer.qqqqq=1").replace("tokenizer.", "")
+    assert "valid here: path, vocab_size" in _fails("tokenizer.qqqqq=1").replace("tokenizer.", "")
 
 
 @pytest.mark.parametrize(
     "override, words",
     [
         ("optim.lr=fast", "optim.lr: Input should be a valid number"),
-        ("train.precision=fp8", "train.precision: Input should be 'fp32', 'bf16' or 'fp64' (given: 'fp8')"),
+        ("train.precision=fp8", "train.precision: Input should be 'fp32', 'bf16', 'fp16' or 'fp64' (given: 'fp8')"),
         (
             "model.num_attention_heads=3",
             "hidden_size=128 is not an even multiple of num_attention_heads=3 (try 126)",
         ),
-        ("data.source=text_files", "text_files needs path"),
-        ("task=dance", "unknown task 'dance' (valid: pretrain)"),
+        ("task=dance", "unknown task 'dance' (valid: evaluate, finetune, pretrain)"),
         ("name=../x", "name: String should match pattern"),
         ("seed", "not of the form key=value"),
         ("seed.x=1", "seed is a value, not a section"),
@@ -85,14 +94,60 @@ def test_broken_recipes(tmp_path):
     assert "mapping" in _fails(recipe=str(path))
 
 
+def _refused(world: int, *overrides: str, local: int = 8) -> ConfigError:
+    config = configuration.load("demo", overrides)
+    with pytest.raises(ConfigError) as caught:
+        configuration.check_world(config, layout_for(config, world, local))
+    return caught.value
+
+
 def test_global_batch_names_the_nearest_that_fit():
-    config = configuration.load("demo", ["train.global_batch=20", "train.micro_batch=4"])
-    with pytest.raises(ConfigError, match="the nearest that fit: 16, 32") as caught:
-        config.check_world(4)
-    assert caught.value.hint == "Set train.global_batch=32, or train.micro_batch=1."
-    with pytest.raises(ConfigError, match="the nearest that fit: 32") as caught:
-        config.check_world(8)
-    assert caught.value.hint == "Set train.global_batch=32."
+    wrong = ["train.global_batch=20", "train.micro_batch=4"]
+    error = _refused(4, *wrong)
+    assert "the nearest that fit: 16, 32" in error.message
+    assert error.hint == "Set train.global_batch=32, or train.micro_batch=1."
+    error = _refused(8, *wrong)
+    assert "the nearest that fit: 32" in error.message
+    assert error.hint == "Set train.global_batch=32."
+    # ranks that share a row do not count
+    config = configuration.load("demo", ["train.global_batch=4", "train.micro_batch=4", "parallel.tensor=2"])
+    configuration.check_world(config, layout_for(config, 2, 2))
+
+
+PIPELINE = ("parallel.pipeline=2", "model.tie_word_embeddings=false")
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides", "message", "hint"),
+    [
+        (6, ["parallel.tensor=4"], "4 × 1 does not divide the 6 ranks", "1, 2, 3, 6"),
+        (4, ["parallel.strategy=hybrid", "parallel.replicate=3"], "parallel.replicate=3", "1, 2, 4"),
+        (4, ["parallel.tensor=4"], "does not divide model.num_key_value_heads=2", "divisor of 2"),
+        (2, ["parallel.sequence=true"], "parallel.sequence needs", "parallel.tensor"),
+        (2, ["parallel.tensor=2", "parallel.sequence=true", "data.seq_len=127"], "seq_len=127", "data.seq_len=128"),
+        (2, ["parallel.pipeline=2"], "tied embeddings", "model.tie_word_embeddings=false"),
+        (4, [*PIPELINE, "parallel.strategy=full_shard"], "full_shard gathers", "shard_grad_op"),
+        (4, ["parallel.pipeline=4", *PIPELINE[1:]], "cannot be cut into 4", "parallel.pipeline to at most 2"),
+        (2, [*PIPELINE, "train.global_batch=4"], "at least 2 micro-batches", "train.global_batch=8"),
+        (2, [*PIPELINE, "model.lora.rank=4"], "LoRA", "parallel.pipeline=1"),
+        (2, [*PIPELINE, "parallel.schedule=zero_bubble", "model.num_hidden_layers=4", "train.compile=true"],
+         "backward twice", "train.compile=false"),
+        (2, [*PIPELINE, "parallel.schedule=zero_bubble", "train.activation_checkpoint=selective"],
+         "backward twice", "train.activation_checkpoint=full"),
+        (2, [*PIPELINE, "parallel.schedule=zero_bubble", "model.loss=chunked"], "backward twice", "model.loss=plain"),
+    ],
+)  # fmt: skip
+def test_layouts_that_cannot_work_name_the_key(world, overrides, message, hint):
+    error = _refused(world, *overrides)
+    assert message in error.message and hint in (error.hint or "")
+
+
+def test_ranks_are_laid_out_with_tensor_innermost_and_stages_outermost():
+    layout = Layout(pipeline=2, replicate=2, shard=3, tensor=2)
+    seen = [(layout.pipeline_rank(r), layout.data_rank(r), layout.tensor_rank(r)) for r in range(layout.world)]
+    assert seen == [(p, d, t) for p in range(2) for d in range(6) for t in range(2)]
+    config = configuration.load("demo", ["parallel.strategy=hybrid", "parallel.tensor=2"])
+    assert layout_for(config, 16, 8) == Layout(replicate=2, shard=4, tensor=2)  # shards within a node
 
 
 def test_help_lists_every_key_with_its_default():
@@ -101,6 +156,8 @@ def test_help_lists_every_key_with_its_default():
         assert key + "=" in text
     assert "optim.lr=0.001" in text and "train.precision=fp32" in text
     values = yaml.safe_load(configuration.Config().to_yaml())
-    assert {f"{s}.{k}" for s, v in values.items() if isinstance(v, dict) for k in v} <= set(
-        configuration.keys()
-    )
+    listed = set(configuration.keys())
+    for section, inner in values.items():
+        for key in inner if isinstance(inner, dict) else ():
+            full = f"{section}.{key}"
+            assert full in listed or any(name.startswith(f"{full}.") for name in listed)

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
-from trainer import manifest
+from trainer.checkpoints import manifest
 from trainer.errors import CheckpointError
 
 
@@ -18,8 +20,17 @@ def _fill(folder: Path) -> None:
     (folder / "inner/state.json").write_text("{}")
 
 
-def _write(root: Path, step: int, timeline: int = 0, fill=_fill) -> Path:
-    return manifest.write(root, step, fill, timeline=timeline, world=2, layout="full")[0]
+def _write(root: Path, step: int, timeline: int = 0, fill=_fill, save: str = "", part: int = 0, parts: int = 1) -> Path:
+    """What the writer does, on one rank."""
+    staging = manifest.stage(root, step)
+    try:
+        fill(staging)
+        names = [path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()]
+        head = {"step": step, "timeline": timeline, "world": 2, "layout": "full", "parallel": "dp2", "save": save}
+        return manifest.seal(staging, head, manifest.digest(staging, names), part=part, parts=parts)
+    except OSError:
+        manifest.discard_staging(root, step)
+        raise
 
 
 def _names(root: Path) -> list[str]:
@@ -27,17 +38,15 @@ def _names(root: Path) -> list[str]:
 
 
 def test_written_checkpoint_verifies(tmp_path):
-    path, size = manifest.write(tmp_path / "new", 12, _fill, timeline=0, world=2, layout="full")
-    assert path.name == "step_00000012" and size == 256 * 40 + 2
+    path = _write(tmp_path / "new", 12, save="x")
+    assert path.name == "step_00000012"
     head = manifest.verify(path)
-    assert {key: head[key] for key in ("schema", "step", "world", "layout")} == {
-        "schema": 1,
-        "step": 12,
-        "world": 2,
-        "layout": "full",
-    }
+    keys = ("schema", "step", "timeline", "world", "layout", "parallel", "save")
+    assert [head[key] for key in keys] == [1, 12, 0, 2, "full", "dp2", "x"]
+    data = (path / "weights.bin").read_bytes()
+    assert head["files"]["weights.bin"] == {"bytes": 256 * 40, "sha256": hashlib.sha256(data).hexdigest()}
     assert set(head["files"]) == {"weights.bin", "inner/state.json"}
-    assert manifest.scan(tmp_path / "new") == ([manifest.Found(0, 12, str(path))], [])
+    assert manifest.scan(tmp_path / "new") == ([manifest.Found(0, 12, str(path), "full", "x")], [])
 
 
 def _flip(path: Path) -> None:
@@ -55,7 +64,7 @@ def _flip(path: Path) -> None:
         (lambda p: (p / "manifest.json").unlink(), "no manifest.json"),
         (lambda p: os.truncate(p / "manifest.json", 30), "manifest.json cannot be read"),
         (lambda p: (p / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
-        (lambda p: (p / "manifest.json").write_text('{"schema": 1, "files": {}}'), "is incomplete"),
+        (lambda p: (p / "manifest.json").write_text('{"schema": 1, "files": {}}'), "manifest.json is incomplete"),
         (
             lambda p: (p / "manifest.json").write_text('{"schema": 9, "files": {}}'),
             "schema 9, this version reads 1",
@@ -106,7 +115,7 @@ def _die(root: str, where: str) -> None:
     if where == "rename":
         os.rename = kill  # type: ignore[assignment]
     if where == "hash":
-        manifest._sha256 = kill  # type: ignore[assignment]
+        manifest._hash = kill  # type: ignore[assignment]
     if where == "retain":
         manifest._discard = kill  # type: ignore[assignment]
     _write(Path(root), 2, fill=fill)
@@ -133,6 +142,75 @@ def test_retention_keeps_the_newest(tmp_path):
     (tmp_path / "step_00000009").mkdir()  # not ours to judge
     manifest.retain(tmp_path, 2)
     assert _names(tmp_path) == ["step_00000002", "step_00000003", "step_00000009"]
+
+
+def test_retention_keeps_milestones_of_the_newest_timeline(tmp_path):
+    _write(tmp_path, 20)
+    for step in (5, 10, 15, 17, 18):
+        _write(tmp_path, step, timeline=1)
+    manifest.retain(tmp_path, 2, 10)
+    assert _names(tmp_path) == ["step_00000010", "step_00000017", "step_00000018"]
+
+
+def _hold_and_wait(path: str, holding, done) -> None:
+    with manifest.hold(Path(path)):
+        holding.set()
+        done.wait(20)
+
+
+def test_retention_leaves_what_is_being_read_here_or_in_another_process(tmp_path):
+    first, second = _write(tmp_path, 1), _write(tmp_path, 2)
+    _write(tmp_path, 3)
+    fork = multiprocessing.get_context("fork")
+    holding, done = fork.Event(), fork.Event()
+    process = fork.Process(target=_hold_and_wait, args=(str(first), holding, done))
+    process.start()
+    assert holding.wait(20)
+    with manifest.hold(second):
+        manifest.retain(tmp_path, 1)
+        assert _names(tmp_path) == ["step_00000001", "step_00000002", "step_00000003"]
+    manifest.retain(tmp_path, 1)
+    assert _names(tmp_path) == ["step_00000001", "step_00000003"]
+    done.set()
+    process.join()
+    manifest.retain(tmp_path, 1)
+    assert _names(tmp_path) == ["step_00000003"]
+
+
+def test_parts_of_one_save_side_by_side_are_whole(tmp_path):
+    def fill(name):
+        return lambda folder: (folder / name).write_text(name)
+
+    first = _write(tmp_path / "a", 1, fill=fill("x"), save="s", part=0, parts=2)
+    second = _write(tmp_path / "b", 1, fill=fill("y"), save="s", part=1, parts=2)
+    assert manifest.scan(tmp_path / "a")[0][0].parts == (0,) and manifest.scan(tmp_path / "b")[0][0].parts == (1,)
+    assert set(manifest.verify(first)["files"]) == {"x"}
+    shutil.copytree(second, first, dirs_exist_ok=True)
+    assert set(manifest.verify(first)["files"]) == {"x", "y"}
+    assert manifest.scan(tmp_path / "a")[0][0].parts == ()
+    other = _write(tmp_path / "c", 1, fill=fill("y"), save="t", part=1, parts=2)
+    shutil.copytree(other, first, dirs_exist_ok=True)
+    with pytest.raises(CheckpointError, match="parts of several saves"):
+        manifest.read(first)
+
+
+def test_ranks_share_the_hashing_and_together_see_all(tmp_path):
+    def fill(folder: Path) -> None:
+        for index in range(5):
+            (folder / str(index)).write_bytes(bytes(100 + index))
+
+    path = _write(tmp_path, 1, fill=fill)
+    for index in range(5):
+        data = (path / str(index)).read_bytes()
+        (path / str(index)).write_bytes(b"!" + data[1:])
+        failed = []
+        for rank in range(2):
+            try:
+                manifest.verify(path, share=(rank, 2))
+            except CheckpointError:
+                failed.append(rank)
+        assert len(failed) == 1
+        (path / str(index)).write_bytes(data)
 
 
 def test_a_new_timeline_outranks_higher_steps(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer import manifest
+from trainer.checkpoints import manifest
 
 
 def _steps(root: Path) -> list[int]:
@@ -97,10 +97,10 @@ def test_newest_that_verifies_on_any_node_wins(train, tmp_path):
 
 def test_nothing_verifies_is_an_error_not_a_silent_restart(train, tmp_path):
     assert train("run", "train.steps=2").exit_codes == [0]
-    (tmp_path / "run/checkpoints/step_00000002/optimizer.pt").write_bytes(b"short")
+    (tmp_path / "run/checkpoints/step_00000002/training/optimizer.safetensors").write_bytes(b"short")
     result = train("run")
     assert result.exit_codes == [1]
-    assert "no checkpoint verifies" in result.output[0] and "optimizer.pt has 5 bytes" in result.output[0]
+    assert "no checkpoint verifies" in result.output[0] and "optimizer.safetensors has 5 bytes" in result.output[0]
     assert train("run", "checkpoint.resume=none").exit_codes == [0]
 
 
@@ -116,7 +116,9 @@ def test_other_data_is_refused_on_resume(train):
     assert train("run", "train.steps=2").exit_codes == [0]
     result = train("run", "data.seq_len=12")
     assert result.exit_codes == [1]
-    assert "the checkpoint was trained on other data" in result.output[0]
+    assert "trained with data.seq_len=16, here it is 12: exact resume is impossible" in result.output[0]
+    result = train("run", "data.limit=6")
+    assert result.exit_codes == [1] and "was trained on other data" in result.output[0]
 
 
 def test_other_model_is_refused_on_resume(train):
@@ -167,12 +169,24 @@ def test_failed_writes_keep_the_old_checkpoints(policy, code, train, events, tmp
 
 
 def test_non_finite_gradients_are_skipped_then_fatal(train, events):
-    result = train(
-        "run", "train.steps=9", "train.max_bad_steps=2", script="nan_after", env={"NAN_AFTER": "1"}
-    )
+    env = {"NAN_AFTER": "1", "NAN_CALLS": "4"}
+    result = train("run", "train.steps=9", "train.max_bad_steps=2", script="nan_after", env=env)
     assert result.exit_codes == [1], result.output
     (error,) = events("run", "error")
     assert error["type"] == "NonFiniteError" and error["step"] == 4
+    assert [row["step"] for row in events("run", "bad_step")] == [2, 3, 4]
+
+
+def test_bad_rows_are_named_and_a_run_may_stop_at_the_first(train, events):
+    """Only rank 1's loss is NaN: all ranks stop together, and the rows are those of rank 1."""
+    env = {"NAN_AFTER": "2", "NAN_CALLS": "2", "NAN_RANK": "1"}
+    result = train("run", "train.non_finite=stop", world=2, script="nan_after", env=env)
+    assert result.exit_codes == [1, 1], result.output
+    (bad,) = events("run", "bad_step")
+    assert (bad["step"], bad["data_ranks"], bad["grad_norm"]) == (3, [1], "nan")
+    assert [row.split(":")[0] for row in bad["rows"]] == ["lane 2", "lane 3"]
+    assert all("document" in row and "tokens" in row for row in bad["rows"])
+    assert [row["step"] for row in events("run", "step")] == [1, 2]
 
 
 @pytest.mark.parametrize("wrong", ["optim.lrr=1", "train.global_batch=3", "train.steps=many"])

@@ -1,0 +1,181 @@
+"""Agreeing on the checkpoint to start from: the newest that verifies, wherever it lies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trainer.checkpoints import manifest
+from trainer.checkpoints.formats import local
+from trainer.checkpoints.manifest import Found
+from trainer.checkpoints.storage import Storage
+from trainer.checkpoints.upload import Remote, fetch, scan
+from trainer.distributed.process_group import Communicator
+from trainer.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The checkpoint to start from."""
+
+    found: Found
+    holder: int
+    """A rank on whose disk it is whole; of type `shard` and `local`, every rank has what it needs."""
+    host: str
+    uploaded: bool
+    """Whether the remote has it too."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    chosen: Chosen | None
+    timeline: int
+    """That in which training goes on."""
+    passed_over: list[str]
+
+
+@dataclass
+class _Candidate:
+    """One save, and who has it."""
+
+    holders: dict[int, Found] = field(default_factory=dict)
+    """By sealer."""
+    remote: Found | None = None
+
+    @property
+    def any(self) -> Found:
+        found = self.remote or next(iter(self.holders.values()))
+        return found
+
+
+def choose(wanted: str, storage: Storage, comm: Communicator, remote: Remote | None) -> Choice:
+    """The same answer on every rank. Collective.
+
+    `wanted` is `auto` (the newest), `none`, a name in the checkpoint folder or a path; all but `auto` begin a
+    new timeline. Hashes are checked newest first, by all ranks that see the disk; what only the remote has is
+    fetched. Raises CheckpointError if one was asked for by name and does not verify, or if there are checkpoints and
+    none verifies: starting anew by accident would cost more than asking.
+    """
+    return _Chooser(storage, comm, remote).choose(wanted)
+
+
+class _Chooser:
+    def __init__(self, storage: Storage, comm: Communicator, remote: Remote | None) -> None:
+        self._storage, self._comm, self._remote = storage, comm, remote
+        self._sees = storage.rank == storage.sealer
+        self._passed_over: list[str] = []
+        self._hosts = comm.gather(os.uname().nodename)
+
+    def choose(self, wanted: str) -> Choice:
+        root = self._storage.root
+        candidates = self._list(manifest.scan(root) if self._sees else ([], []), "")
+        timelines = [candidate.any.timeline for candidate in candidates]
+        anew = max(timelines) + 1 if timelines else 0
+        if wanted == "none":
+            return Choice(None, anew, [])
+        if wanted != "auto":
+            self._passed_over.clear()
+            path = Path(wanted) if "/" in wanted else root / wanted
+            candidates = self._list(_named(path) if self._sees else ([], []), path.name)
+        chosen = next((chosen for chosen in map(self._try, candidates) if chosen), None)
+        if chosen is None and (wanted != "auto" or self._passed_over):
+            raise CheckpointError(
+                f"no checkpoint verifies: {'; '.join(self._passed_over) or wanted}",
+                hint="checkpoint.resume=none starts anew and leaves these checkpoints until retention.",
+            )
+        timeline = anew if wanted != "auto" else chosen.found.timeline if chosen else 0
+        return Choice(chosen, timeline, self._passed_over)
+
+    def _list(self, here: tuple[list[Found], list[str]], only: str) -> list[_Candidate]:
+        """Newest first, from every disk and the remote (there, with `only`, the folder of that name)."""
+        listings = self._comm.gather(here)
+        there = scan(self._remote, only) if self._remote is not None and self._comm.env.is_main else ([], [])
+        distant, reasons = self._comm.broadcast(there)
+        candidates: dict[tuple[int, int, str], _Candidate] = {}
+        for rank, (found, bad) in enumerate(listings):
+            self._passed_over += [self._at(rank) + reason for reason in bad]
+            for one in found:
+                candidates.setdefault((one.timeline, one.step, one.save), _Candidate()).holders[rank] = one
+        for one in distant:
+            candidates.setdefault((one.timeline, one.step, one.save), _Candidate()).remote = one
+        self._passed_over += reasons
+        return [candidates[key] for key in sorted(candidates, reverse=True)]
+
+    def _try(self, candidate: _Candidate) -> Chosen | None:
+        for holders in self._ways(candidate):
+            first = min(holders)
+            reason = self._verify(holders)
+            if reason is None:
+                return Chosen(holders[first], first, self._hosts[first], candidate.remote is not None)
+        if candidate.remote is not None and not candidate.remote.parts:
+            return self._fetch(candidate.remote)
+        return None
+
+    def _ways(self, candidate: _Candidate) -> Iterator[dict[int, Found]]:
+        """The sets of disks from which the candidate can be loaded, if they verify."""
+        found, holders = candidate.any, candidate.holders
+        if found.layout == "full":
+            for sealer, one in sorted(holders.items()):
+                yield {sealer: one}
+        elif len(holders) == len(self._storage.sealers) and (
+            found.layout == "local" or not any(one.parts for one in holders.values())
+        ):
+            yield holders
+        elif holders and candidate.remote is None:
+            first = min(holders)
+            self._passed_over.append(
+                f"{self._at(first)}{holders[first].path}: its {found.layout} files are not on every node"
+                " (checkpoint.remote can bring them together)"
+            )
+
+    def _verify(self, holders: dict[int, Found]) -> str | None:
+        """Why one of these disks cannot be used. All ranks that see one take their share of the hashing."""
+        storage, reason = self._storage, None
+        mine = holders.get(storage.sealer)
+        if mine is not None:
+            try:
+                head = manifest.verify(Path(mine.path), share=(storage.peers.index(storage.rank), len(storage.peers)))
+                stem = local.stem(storage.rank)
+                if (
+                    mine.parts
+                    and head["world"] == self._comm.world_size
+                    and not any(name.startswith(stem) for name in head["files"])
+                ):
+                    reason = f"{mine.path}: the files of rank {storage.rank} lie on another node"
+            except CheckpointError as error:
+                reason = error.message
+        for rank, why in enumerate(self._comm.gather(reason)):
+            if why is not None:
+                self._passed_over.append(self._at(rank) + why)
+                return why
+        return None
+
+    def _fetch(self, found: Found) -> Chosen | None:
+        """Brings a checkpoint from the remote to rank 0's disk, or where every rank reads its own, to all."""
+        storage, reason = self._storage, None
+        sealers = [storage.sealer_of[0]] if found.layout == "full" else storage.sealers
+        name = manifest.folder_name(found.step)
+        if storage.rank in sealers:
+            assert self._remote is not None
+            try:
+                fetch(self._remote, name, storage.root)
+            except (CheckpointError, OSError) as error:
+                reason = error.message if isinstance(error, CheckpointError) else f"{found.path}: {error}"
+        for rank, why in enumerate(self._comm.gather(reason)):
+            if why is not None:
+                self._passed_over.append(self._at(rank) + why)
+                return None
+        here = Found(found.timeline, found.step, str(storage.root / name), found.layout, found.save)
+        return Chosen(here, sealers[0], f"{self._hosts[sealers[0]]}, fetched from {found.path}", True)
+
+    def _at(self, rank: int) -> str:
+        return f"{self._hosts[rank]}: " if len(set(self._hosts)) > 1 else ""
+
+
+def _named(path: Path) -> tuple[list[Found], list[str]]:
+    try:
+        return [Found.of(str(path), manifest.read(path))], []
+    except CheckpointError as error:
+        return [], [error.message]

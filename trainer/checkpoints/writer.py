@@ -1,0 +1,198 @@
+"""Writing one checkpoint in a thread: copy, write, flush and hash, seal, delete the old ones, hand to the upload.
+
+Each stage ends with the ranks agreeing that it worked everywhere, over the writer's own process group. So a disk
+that is full on one rank fails the save on all, and nobody deletes an old checkpoint before all have sealed the new.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from trainer.checkpoints import manifest
+from trainer.checkpoints.formats import full, local, shard
+from trainer.checkpoints.group import Group
+from trainer.checkpoints.snapshot import Piece, Snapshot
+from trainer.checkpoints.state import TrainingState, rng_state, tensors
+from trainer.checkpoints.storage import Storage
+from trainer.checkpoints.upload import Uploader
+from trainer.config import CheckpointConfig
+from trainer.distributed.mesh import Mesh
+from trainer.errors import CheckpointError
+
+STATE, RNG = "training/state.json", "training/rng.pt"
+
+
+@dataclass
+class Job:
+    """One save under way."""
+
+    step: int
+    began: float
+    blocked: float = 0.0
+    """Seconds that the training loop has waited for it."""
+    seconds: float = 0.0
+    size: int = 0
+    failure: str | None = None
+    """The same on every rank."""
+    notes: list[str] = field(default_factory=list)
+    copied: threading.Event = field(default_factory=threading.Event)
+    """Parameters and moments may change again."""
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one rank adds to the checkpoint beside its tensors."""
+
+    rng: dict[str, Any]
+    data: tuple[int, dict[str, Any]] | None
+    """(data rank, state of its rows), from one rank of each data-parallel rank."""
+    pieces: list[Piece]
+    save: str
+
+
+class Writer:
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        layout: str,
+        storage: Storage,
+        mesh: Mesh,
+        group: Group,
+        uploader: Uploader | None,
+    ) -> None:
+        self._config, self._layout, self._storage, self._mesh = config, layout, storage, mesh
+        self._group, self._uploader = group, uploader
+        self._snapshot = Snapshot(mesh.comm.device)
+        self._sealers = [storage.sealer_of[0]] if layout == "full" else storage.sealers
+        self._seals = storage.rank in self._sealers
+
+    def start(self, state: TrainingState, timeline: int) -> Job:
+        """Takes what must be of this moment and leaves the rest to a thread. `copied` tells when tensors are."""
+        job = Job(state.step, time.perf_counter())
+        self._snapshot.begin(tensors(state))
+        data = json.loads(json.dumps(state.stream.state_dict()))  # a copy; and it must be JSON in the end
+        share = _Share(
+            rng_state(self._mesh.comm.device),
+            (self._mesh.data_rank, data) if self._mesh.counts_rows else None,
+            self._snapshot.pieces() if self._layout == "full" else [],
+            uuid.uuid4().hex,
+        )
+        about = {
+            "step": state.step,
+            "config_hash": state.config_hash,
+            "schedule": state.schedule.state_dict(),
+            "scaler": None if state.scaler is None else state.scaler.state_dict(),
+        }
+        text = json.dumps(about)
+        work = (job, share, text, timeline, state)
+        threading.Thread(target=self._run, args=work, name="checkpoint-writer", daemon=True).start()
+        return job
+
+    def _run(self, job: Job, share: _Share, about: str, timeline: int, state: TrainingState) -> None:
+        try:
+            self._write(job, share, json.loads(about), timeline, state)
+        except Exception as error:  # a CheckpointError that all agree on, or a lost connection
+            job.failure = error.message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        job.seconds = time.perf_counter() - job.began
+        job.copied.set()
+        job.done.set()
+
+    def _write(self, job: Job, share: _Share, about: dict[str, Any], timeline: int, state: TrainingState) -> None:
+        group, root = self._group, self._storage.root
+        staging = manifest.staging_folder(root, job.step)
+
+        def copy() -> _Share:
+            self._snapshot.copy()
+            job.copied.set()
+            return share
+
+        shares = group.agree(copy)
+        data = [one.data for one in sorted((s for s in shares if s.data), key=lambda s: s.data[0])]  # type: ignore[index]
+        about["data"] = type(state.stream).merge([one[1] for one in data if one])
+        head = {
+            "step": job.step,
+            "timeline": timeline,
+            "world": group.size,
+            "layout": self._layout,
+            "parallel": self._mesh.layout.describe(),
+            "save": shares[0].save,
+        }
+        try:
+            common = group.agree(lambda: self._prepare(about, [one.rng for one in shares], state))[group.rank]
+            written = group.agree(lambda: manifest.digest(staging, [*common, *self._fill(staging, shares)]))
+            group.agree(lambda: self._seal(staging, head, written))
+        except CheckpointError:
+            if self._seals:
+                manifest.discard_staging(root, job.step)
+            raise
+        job.size = sum(entry["bytes"] for files in written for entry in files.values())
+        job.notes = [
+            note for notes in group.gather(self._after(root / manifest.folder_name(job.step))) for note in notes
+        ]
+
+    def _prepare(self, about: dict[str, Any], rngs: list[dict[str, Any]], state: TrainingState) -> list[str]:
+        """Makes the staging folder with what is not tensors; → the files' names."""
+        if not self._seals:
+            return []
+        staging = manifest.stage(self._storage.root, about["step"])
+        (staging / "training").mkdir()
+        (staging / STATE).write_text(json.dumps(about, indent=1) + "\n")
+        with (staging / RNG).open("wb") as file:
+            torch.save(rngs, file)
+        if self._storage.rank == self._sealers[0]:
+            _write_hf_files(staging, state)
+        return [path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()]
+
+    def _fill(self, staging: Path, shares: list[_Share]) -> list[str]:
+        if self._layout == "full":
+            return full.write(staging, self._snapshot, [one.pieces for one in shares], self._group)
+        if self._layout == "shard":
+            return shard.write(staging, self._snapshot, self._group)
+        return local.write(staging, self._snapshot, self._storage.rank)
+
+    def _seal(self, staging: Path, head: dict[str, Any], written: list[manifest.Files]) -> None:
+        if not self._seals:
+            return
+        files = {name: entry for rank in self._storage.peers for name, entry in written[rank].items()}
+        part, parts = self._sealers.index(self._storage.rank), len(self._sealers)
+        manifest.seal(staging, head, dict(sorted(files.items())), part=part, parts=parts)
+
+    def _after(self, folder: Path) -> list[str]:
+        """Retention and upload; → what went wrong, which does not make the checkpoint any worse."""
+        if not self._seals:
+            return []
+        notes: list[str] = []
+        try:
+            manifest.retain(self._storage.root, self._config.keep_last, self._config.keep_every)
+        except OSError as error:
+            notes.append(f"{platform.node()}: old checkpoints could not be deleted: {error.strerror or error}")
+        if self._uploader is not None:
+            notes += self._uploader.notes()
+            self._uploader.submit(folder)
+        return notes
+
+
+def _write_hf_files(folder: Path, state: TrainingState) -> None:
+    """All but the weights of what `from_pretrained` wants: configuration, generation defaults, tokenizer."""
+    config = type(state.hf_config).from_dict(state.hf_config.to_dict())
+    mapping: Callable[..., Any] = AutoModelForCausalLM._model_mapping
+    config.architectures = [mapping[type(config)].__name__]  # type: ignore[index]
+    config.save_pretrained(folder)
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    if state.tokenizer_folder is not None:
+        for file in state.tokenizer_folder.iterdir():
+            if file.is_file():
+                shutil.copy(file, folder / file.name)
