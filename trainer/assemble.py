@@ -216,7 +216,7 @@ def open_model(session: Session, tokenizer: TextTokenizer | None, pretrained: Pa
     whole = build.on_meta(config, hf_config, device)
     if config.model.lora.rank:
         apply_lora(whole, config.model.lora)
-    controller = sparse.apply_sparse(whole, config.model.sparse) if config.model.sparse.mask != "none" else None
+    sparse.apply_sparse(whole, config.model.sparse)
     plan = copy.deepcopy(whole)  # on the meta device: names and shapes, no memory
 
     def materialise(parts: Sequence[nn.Module]) -> None:
@@ -224,10 +224,9 @@ def open_model(session: Session, tokenizer: TextTokenizer | None, pretrained: Pa
             weights.initialise(parts, plan, config.seed, device)
         else:
             weights.load_pretrained(parts, plan, pretrained, config.seed, device)
-        for part in parts:
-            sparse.initialize_masks(part)
 
     parallel = parallelize(whole, config, session.mesh, materialise)
+    controller = sparse.SparseController(parallel.parts, config.model.sparse)
     total = build.count_parameters(plan)
     trained = sum(parameter.numel() for parameter in plan.parameters() if parameter.requires_grad)
     session.reporter.set_flops(flops.flops_per_token(hf_config, config.data.seq_len, frozen=config.model.lora.rank > 0))
@@ -236,7 +235,7 @@ def open_model(session: Session, tokenizer: TextTokenizer | None, pretrained: Pa
         f"model: {hf_config.model_type}, {total / 1e6:.2f} M parameters{part}, {config.train.precision},"
         f" {plan.config._attn_implementation} attention, on {device.type}"
     )
-    return Model(parallel, hf_config, controller)
+    return Model(parallel, hf_config, controller if controller.layers else None)
 
 
 def held_out_rows(session: Session, data: Data) -> EvalRows | None:

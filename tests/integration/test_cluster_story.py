@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import struct
@@ -10,8 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-
-from trainer import manifest
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Command, Rig
@@ -119,9 +118,14 @@ def check_pull(cluster: Rig, run: str, tmp_path: Path) -> None:
     got = cluster.orch("pull", run, "--checkpoint", "latest", "--to", str(tmp_path / "home"), "--json").json
     assert got["run"] == run
     (folder,) = (tmp_path / "home").glob("*/checkpoints/step_00000015")
-    assert manifest.verify(folder)["step"] == 15
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["step"], manifest["world"]) == (15, 4)
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {"manifest.json"}
+    assert there == manifest["files"].keys()
+    for file, entry in manifest["files"].items():
+        assert hashlib.sha256((folder / file).read_bytes()).hexdigest() == entry["sha256"], file
     assert [path.name for path in folder.parent.iterdir()] == ["step_00000015"]
-    (weights,) = folder.rglob("*.safetensors")
+    (weights,) = folder.glob("*.safetensors")
     data = weights.read_bytes()
     (size,) = struct.unpack("<Q", data[:8])
     tensors = json.loads(data[8 : 8 + size])
@@ -134,3 +138,24 @@ def check_pull(cluster: Rig, run: str, tmp_path: Path) -> None:
         ranks += [rank["rank"] for rank in result["ranks"] if rank["exit_code"] == 0]
         assert (home / "log").read_text() == cluster.log(node, run)
     assert sorted(ranks) == [0, 1, 2, 3]
+
+
+def test_a_killed_node_loses_no_step(cluster: Rig) -> None:
+    """A node's container is killed in mid-training; the same command goes on, and the losses join."""
+    name = f"killed-{uuid.uuid4().hex[:6]}"
+    words = (*DEPLOY, "--name", name, "--set", "checkpoint.every=5", "--set", "log.every=1", "--set", "train.steps=30")
+    first = cluster.start(*words)
+    first.until(r"step +12/30")
+    cluster.on("n2", "docker kill orch")
+    assert first.done().code == 1
+    second = cluster.orch(*words)
+    (resumed,) = map(int, re.findall(r"resuming from step (\d+) ", second.out))
+    assert resumed in (5, 10, 15, 20, 25)
+    before = {int(step): loss for step, loss in re.findall(STEP, first.out)}
+    after = {int(step): loss for step, loss in re.findall(STEP, second.out)}
+    assert sorted(after) == list(range(resumed + 1, 31))
+    assert sorted(before) == list(range(1, max(before) + 1)) and max(before) >= 12
+    both = before.keys() & after.keys()
+    assert both and {step: before[step] for step in both} == {step: after[step] for step in both}
+    for node in cluster.cluster.nodes:
+        cluster.on(node, f"rm -rf ~/.orch/checkpoints/{name}")

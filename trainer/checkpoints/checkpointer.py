@@ -57,8 +57,8 @@ class Checkpointer:
         self._uploader = (
             Uploader(self._remote) if self._remote and self._storage.rank in self._storage.sealers else None
         )
-        group = Group(mesh.comm, timeout)
-        self._writer = Writer(config, layout, self._storage, mesh, group, self._uploader)
+        self._group = Group(mesh.comm, timeout)  # patient: uploads and downloads take longer than a training step
+        self._writer = Writer(config, layout, self._storage, mesh, self._group, self._uploader)
         self._timeline = 0
         self._saved: int | None = None
         self._job: Job | None = None
@@ -70,7 +70,7 @@ class Checkpointer:
         checkpoint's world keeps its own random state. Raises CheckpointError as `choose.choose` does, or if the
         checkpoint is of another model or, of type `local`, of another layout; DataError if the data is not the same.
         """
-        choice = choose(self._config.resume, self._storage, self._comm, self._remote)
+        choice = choose(self._config.resume, self._storage, self._group, self._remote)
         self._timeline = choice.timeline
         for reason in choice.passed_over:
             self._reporter.say(f"passed over: {reason}")
@@ -117,7 +117,7 @@ class Checkpointer:
             except DeadlineError as error:
                 failure = error.message
         notes = self._uploader.notes() if self._uploader else []
-        for note in [one for some in self._comm.gather([*notes, *([failure] if failure else [])]) for one in some]:
+        for note in [one for some in self._group.gather([*notes, *([failure] if failure else [])]) for one in some]:
             self._reporter.say(f"warning: {note}")
 
     def _conclude(self, *, wait: bool) -> None:

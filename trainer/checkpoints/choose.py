@@ -9,10 +9,10 @@ from pathlib import Path
 
 from trainer.checkpoints import manifest
 from trainer.checkpoints.formats import local
+from trainer.checkpoints.group import Group
 from trainer.checkpoints.manifest import Found
 from trainer.checkpoints.storage import Storage
 from trainer.checkpoints.upload import Remote, fetch, scan
-from trainer.distributed.process_group import Communicator
 from trainer.errors import CheckpointError
 
 
@@ -46,11 +46,10 @@ class _Candidate:
 
     @property
     def any(self) -> Found:
-        found = self.remote or next(iter(self.holders.values()))
-        return found
+        return self.remote or next(iter(self.holders.values()))
 
 
-def choose(wanted: str, storage: Storage, comm: Communicator, remote: Remote | None) -> Choice:
+def choose(wanted: str, storage: Storage, group: Group, remote: Remote | None) -> Choice:
     """The same answer on every rank. Collective.
 
     `wanted` is `auto` (the newest), `none`, a name in the checkpoint folder or a path; all but `auto` begin a
@@ -58,15 +57,15 @@ def choose(wanted: str, storage: Storage, comm: Communicator, remote: Remote | N
     fetched. Raises CheckpointError if one was asked for by name and does not verify, or if there are checkpoints and
     none verifies: starting anew by accident would cost more than asking.
     """
-    return _Chooser(storage, comm, remote).choose(wanted)
+    return _Chooser(storage, group, remote).choose(wanted)
 
 
 class _Chooser:
-    def __init__(self, storage: Storage, comm: Communicator, remote: Remote | None) -> None:
-        self._storage, self._comm, self._remote = storage, comm, remote
+    def __init__(self, storage: Storage, group: Group, remote: Remote | None) -> None:
+        self._storage, self._group, self._remote = storage, group, remote
         self._sees = storage.rank == storage.sealer
         self._passed_over: list[str] = []
-        self._hosts = comm.gather(os.uname().nodename)
+        self._hosts = group.gather(os.uname().nodename)
 
     def choose(self, wanted: str) -> Choice:
         root = self._storage.root
@@ -90,9 +89,9 @@ class _Chooser:
 
     def _list(self, here: tuple[list[Found], list[str]], only: str) -> list[_Candidate]:
         """Newest first, from every disk and the remote (there, with `only`, the folder of that name)."""
-        listings = self._comm.gather(here)
-        there = scan(self._remote, only) if self._remote is not None and self._comm.env.is_main else ([], [])
-        distant, reasons = self._comm.broadcast(there)
+        listings = self._group.gather(here)
+        there = scan(self._remote, only) if self._remote is not None and self._group.rank == 0 else ([], [])
+        distant, reasons = self._group.gather(there)[0]
         candidates: dict[tuple[int, int, str], _Candidate] = {}
         for rank, (found, bad) in enumerate(listings):
             self._passed_over += [self._at(rank) + reason for reason in bad]
@@ -140,13 +139,13 @@ class _Chooser:
                 stem = local.stem(storage.rank)
                 if (
                     mine.parts
-                    and head["world"] == self._comm.world_size
+                    and head["world"] == self._group.size
                     and not any(name.startswith(stem) for name in head["files"])
                 ):
                     reason = f"{mine.path}: the files of rank {storage.rank} lie on another node"
             except CheckpointError as error:
                 reason = error.message
-        for rank, why in enumerate(self._comm.gather(reason)):
+        for rank, why in enumerate(self._group.gather(reason)):
             if why is not None:
                 self._passed_over.append(self._at(rank) + why)
                 return why
@@ -163,7 +162,7 @@ class _Chooser:
                 fetch(self._remote, name, storage.root)
             except (CheckpointError, OSError) as error:
                 reason = error.message if isinstance(error, CheckpointError) else f"{found.path}: {error}"
-        for rank, why in enumerate(self._comm.gather(reason)):
+        for rank, why in enumerate(self._group.gather(reason)):
             if why is not None:
                 self._passed_over.append(self._at(rank) + why)
                 return None

@@ -1,4 +1,4 @@
-"""The collectives of the writer's thread, over a process group of their own.
+"""The collectives of the writer's thread, and of what takes long, over a process group of their own.
 
 Training's collectives run at the same time on the main thread: on one group the two would be taken for each other.
 """

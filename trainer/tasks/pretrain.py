@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from trainer.assemble import (
     Data,
@@ -132,9 +134,12 @@ def print_sample(session: Session, model: Model, tokenizer: TextTokenizer) -> No
 
 def _next_token(module: torch.nn.Module, ids: torch.Tensor, config: Config) -> torch.Tensor:
     """(1, 1): drawn at `sample.temperature` from the model's distribution after `ids` (1, n)."""
+    last = ids.shape[1] - 1
+    # sequence parallelism cuts rows evenly; what is behind the last token cannot be seen from it
+    ids = F.pad(ids, (0, -ids.shape[1] % config.parallel.tensor))
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     logits = module(input_ids=ids, position_ids=positions, use_cache=False).logits
-    logits = (logits.full_tensor() if hasattr(logits, "full_tensor") else logits)[:, -1].float()
+    logits = (logits.full_tensor() if isinstance(logits, DTensor) else logits)[:, last].float()
     if config.sample.temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     return torch.multinomial(torch.softmax(logits / config.sample.temperature, dim=-1), 1)

@@ -254,12 +254,19 @@ def test_local_on_two_disks_wants_all_parts_of_one_save(run, reference, tmp_path
     nodes = [NODE | {"ORCH_CHECKPOINT_DIR": str(tmp_path / name)} for name in "ab"]
     actions = [["train", 2], ["save"], ["train", 2], ["save"], ["finish"]]
     run({FSDP: 2}, *actions, env=nodes, type="local")
+    shutil.copytree(tmp_path / "a/step_00000004", tmp_path / "old")
     shutil.rmtree(tmp_path / "b/step_00000004")  # as if node b had died between the two renames
     output = run({FSDP: 2}, ["resume"], ["train", 1], ["dump", str(tmp_path / "after")], env=nodes, type="local")
     assert "passed over" in output and "resuming from step 2" in output
     _assert_same(_dumped(tmp_path, "after", 2), expected, exact=False)
     swapped = run({FSDP: 2}, ["resume"], env=nodes[::-1], type="local", code=1)
     assert "the files of rank 0 lie on another node" in swapped
+    run({FSDP: 2}, ["resume"], ["train", 2], ["save"], ["finish"], env=nodes, type="local")  # step 4 again
+    assert "resuming from step 4" in run({FSDP: 2}, ["resume"], env=nodes)
+    shutil.rmtree(tmp_path / "a/step_00000004")
+    (tmp_path / "old").rename(tmp_path / "a/step_00000004")
+    output = run({FSDP: 2}, ["resume"], env=nodes)
+    assert output.count("not on every node") == 2 and "resuming from step 2" in output
 
 
 def test_damage_is_passed_over_and_told(run, tmp_path):
