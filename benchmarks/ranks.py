@@ -64,7 +64,7 @@ def recipe(**keys: object) -> list[str]:
     """The trainer's command line without a tokenizer, checkpoints in between, or held-out data; `a__b` is `a.b`."""
     common = {"data__holdout": 0, "checkpoint__every": 0, "sample__max_new_tokens": 0}
     given = {f"model__{name}": value for name, value in MODEL.items()} | common | keys
-    values = [f"{name.replace('__', '.')}={str(value).lower()}" for name, value in given.items()]
+    values = [f"{name.replace('__', '.')}={value}" for name, value in given.items()]
     return ["run", "--config", "demo", *values]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -103,34 +102,32 @@ class _Chooser:
         return [candidates[key] for key in sorted(candidates, reverse=True)]
 
     def _try(self, candidate: _Candidate) -> Chosen | None:
-        for holders in self._ways(candidate):
+        ways = self._ways(candidate)
+        for holders in ways:
             first = min(holders)
-            reason = self._verify(holders)
-            if reason is None:
+            if self._verify(holders):
                 return Chosen(holders[first], first, self._hosts[first], candidate.remote is not None)
         if candidate.remote is not None and not candidate.remote.parts:
             return self._fetch(candidate.remote)
-        return None
-
-    def _ways(self, candidate: _Candidate) -> Iterator[dict[int, Found]]:
-        """The sets of disks from which the candidate can be loaded, if they verify."""
-        found, holders = candidate.any, candidate.holders
-        if found.layout == "full":
-            for sealer, one in sorted(holders.items()):
-                yield {sealer: one}
-        elif len(holders) == len(self._storage.sealers) and (
-            found.layout == "local" or not any(one.parts for one in holders.values())
-        ):
-            yield holders
-        elif holders and candidate.remote is None:
-            first = min(holders)
+        if not ways:
+            found = candidate.any
             self._passed_over.append(
-                f"{self._at(first)}{holders[first].path}: its {found.layout} files are not on every node"
+                f"{found.path}: of type {found.layout}, and its files are not on every node"
                 " (checkpoint.remote can bring them together)"
             )
+        return None
 
-    def _verify(self, holders: dict[int, Found]) -> str | None:
-        """Why one of these disks cannot be used. All ranks that see one take their share of the hashing."""
+    def _ways(self, candidate: _Candidate) -> list[dict[int, Found]]:
+        """The sets of disks from which the candidate can be loaded, if they verify."""
+        holders = candidate.holders
+        if candidate.any.layout == "full":
+            return [{sealer: one} for sealer, one in sorted(holders.items())]
+        everywhere = len(holders) == len(self._storage.sealers)
+        whole = not any(one.parts for one in holders.values())
+        return [holders] if everywhere and (whole or candidate.any.layout == "local") else []
+
+    def _verify(self, holders: dict[int, Found]) -> bool:
+        """Whether these disks can be used. All ranks that see one take their share of the hashing."""
         storage, reason = self._storage, None
         mine = holders.get(storage.sealer)
         if mine is not None:
@@ -145,11 +142,7 @@ class _Chooser:
                     reason = f"{mine.path}: the files of rank {storage.rank} lie on another node"
             except CheckpointError as error:
                 reason = error.message
-        for rank, why in enumerate(self._group.gather(reason)):
-            if why is not None:
-                self._passed_over.append(self._at(rank) + why)
-                return why
-        return None
+        return self._agree(reason)
 
     def _fetch(self, found: Found) -> Chosen | None:
         """Brings a checkpoint from the remote to rank 0's disk, or where every rank reads its own, to all."""
@@ -162,12 +155,16 @@ class _Chooser:
                 fetch(self._remote, name, storage.root)
             except (CheckpointError, OSError) as error:
                 reason = error.message if isinstance(error, CheckpointError) else f"{found.path}: {error}"
-        for rank, why in enumerate(self._group.gather(reason)):
-            if why is not None:
-                self._passed_over.append(self._at(rank) + why)
-                return None
+        if not self._agree(reason):
+            return None
         here = Found(found.timeline, found.step, str(storage.root / name), found.layout, found.save)
         return Chosen(here, sealers[0], f"{self._hosts[sealers[0]]}, fetched from {found.path}", True)
+
+    def _agree(self, reason: str | None) -> bool:
+        """Whether no rank has a reason to pass over; else the first is noted."""
+        reasons = [self._at(rank) + why for rank, why in enumerate(self._group.gather(reason)) if why is not None]
+        self._passed_over += reasons[:1]
+        return not reasons
 
     def _at(self, rank: int) -> str:
         return f"{self._hosts[rank]}: " if len(set(self._hosts)) > 1 else ""

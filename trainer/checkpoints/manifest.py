@@ -161,9 +161,14 @@ def verify(path: Path, *, share: tuple[int, int] = (0, 1)) -> Manifest:
 
 def stage(root: Path, step: int) -> Path:
     """An empty folder to write checkpoint `step` into; removes what earlier writers left in `root`."""
+    return stage_as(root, folder_name(step))
+
+
+def stage_as(root: Path, name: str) -> Path:
+    """The same for a folder of any name, which `publish` gives it."""
     root.mkdir(parents=True, exist_ok=True)
     sweep(root)
-    staging = staging_folder(root, step)
+    staging = root / f"{_STAGING}{name}"
     staging.mkdir()
     return staging
 
@@ -182,9 +187,13 @@ def digest(folder: Path, names: Iterable[str]) -> Files:
 
 def seal(staging: Path, head: Manifest, files: Files, *, part: int = 0, parts: int = 1) -> Path:
     """Writes the manifest of `files`, which `digest` has flushed, and gives the folder its name. → its path."""
+    return publish(staging, folder_name(head["step"]), {manifest_name(part, parts): text_of(head, files)})
+
+
+def text_of(head: Manifest, files: Files) -> str:
+    """The manifest itself."""
     manifest = {"schema": SCHEMA, **head, "created": round(time.time(), 3), "files": files}
-    text = json.dumps(manifest, indent=1) + "\n"
-    return publish(staging, folder_name(head["step"]), {manifest_name(part, parts): text})
+    return json.dumps(manifest, indent=1) + "\n"
 
 
 def publish(staging: Path, name: str, manifests: dict[str, str]) -> Path:

@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers.configuration_utils import PretrainedConfig
 
+from trainer.models.lora import Adapter, is_adapter
+
 Tensors = dict[str, torch.Tensor]
 """`model.<name in the whole model>` and `optimizer.<that name>.<key>`: the same in every layout."""
 
@@ -56,10 +58,17 @@ class TrainingState:
     config_hash: str
     step: int = 0
     """Finished optimizer steps."""
+    adapter: Adapter | None = None
+    """If adapters are trained: nothing else of the model is saved or loaded."""
+    pretrained: Path | None = None
+    """`model.pretrained`, whose defaults for generation are written too."""
+    chat: bool = False
+    """Whether conversations are learnt: a tokenizer without a chat template is written with the one in use."""
 
 
 def tensors(state: TrainingState, *, optimizer: bool = True) -> Tensors:
-    """This rank's tensors, as they are used: parameters and persistent buffers (tied ones once), moments.
+    """This rank's tensors, as they are used: parameters and persistent buffers (tied ones once), moments; with
+    adapters, theirs alone.
 
     A tensor is a DTensor where it is sharded. Asking each part for its `state_dict` also puts FSDP's
     parameters back into shards, in which they are not after a forward pass without backward.
@@ -68,7 +77,7 @@ def tensors(state: TrainingState, *, optimizer: bool = True) -> Tensors:
     names: dict[int, str] = {}
     for part in state.model.parts:
         for name, tensor in part.state_dict(keep_vars=True).items():
-            if id(tensor) not in names:
+            if id(tensor) not in names and (state.adapter is None or is_adapter(name)):
                 names[id(tensor)] = name
                 found[f"model.{name}"] = tensor
     if optimizer:

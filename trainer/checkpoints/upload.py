@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import threading
+import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,7 +65,7 @@ class Mounted:
     def put(self, source: Path, name: str, file: str) -> None:
         target = self._folder / name / file
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.part")
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")  # nodes may put the same file
         with source.open("rb") as read, partial.open("wb") as write:
             shutil.copyfileobj(read, write, 1 << 20)
             write.flush()

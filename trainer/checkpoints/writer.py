@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
 
 from trainer.checkpoints import manifest
 from trainer.checkpoints.formats import full, local, shard
 from trainer.checkpoints.group import Group
 from trainer.checkpoints.snapshot import Piece, Snapshot
+from trainer.checkpoints.settings import write_settings
 from trainer.checkpoints.state import TrainingState, rng_state, tensors
 from trainer.checkpoints.storage import Storage
 from trainer.checkpoints.upload import Uploader
@@ -122,14 +120,7 @@ class Writer:
         shares = group.agree(copy)
         data = [one.data for one in sorted((s for s in shares if s.data), key=lambda s: s.data[0])]  # type: ignore[index]
         about["data"] = type(state.stream).merge([one[1] for one in data if one])
-        head = {
-            "step": job.step,
-            "timeline": timeline,
-            "world": group.size,
-            "layout": self._layout,
-            "parallel": self._mesh.layout.describe(),
-            "save": shares[0].save,
-        }
+        head = self._head(state, timeline, job.step, shares[0].save)
         try:
             common = group.agree(lambda: self._prepare(about, [one.rng for one in shares], state))[group.rank]
             written = group.agree(lambda: manifest.digest(staging, [*common, *self._fill(staging, shares)]))
@@ -143,6 +134,17 @@ class Writer:
             note for notes in group.gather(self._after(root / manifest.folder_name(job.step))) for note in notes
         ]
 
+    def _head(self, state: TrainingState, timeline: int, step: int, save: str) -> dict[str, Any]:
+        head = {
+            "step": step,
+            "timeline": timeline,
+            "world": self._group.size,
+            "layout": self._layout,
+            "parallel": self._mesh.layout.describe(),
+            "save": save,
+        }
+        return head if state.adapter is None else {**head, "base": state.adapter.fingerprint}
+
     def _prepare(self, about: dict[str, Any], rngs: list[dict[str, Any]], state: TrainingState) -> list[str]:
         """Makes the staging folder with what is not tensors; → the files' names."""
         if not self._seals:
@@ -153,7 +155,7 @@ class Writer:
         with (staging / RNG).open("wb") as file:
             torch.save(rngs, file)
         if self._storage.rank == self._sealers[0]:
-            _write_hf_files(staging, state)
+            write_settings(staging, state)
         return [path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()]
 
     def _fill(self, staging: Path, shares: list[_Share]) -> list[str]:
@@ -183,16 +185,3 @@ class Writer:
             notes += self._uploader.notes()
             self._uploader.submit(folder)
         return notes
-
-
-def _write_hf_files(folder: Path, state: TrainingState) -> None:
-    """All but the weights of what `from_pretrained` wants: configuration, generation defaults, tokenizer."""
-    config = type(state.hf_config).from_dict(state.hf_config.to_dict())
-    mapping: Callable[..., Any] = AutoModelForCausalLM._model_mapping
-    config.architectures = [mapping[type(config)].__name__]  # type: ignore[index]
-    config.save_pretrained(folder)
-    GenerationConfig.from_model_config(config).save_pretrained(folder)
-    if state.tokenizer_folder is not None:
-        for file in state.tokenizer_folder.iterdir():
-            if file.is_file():
-                shutil.copy(file, folder / file.name)

@@ -1,19 +1,35 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685) with peft: put into a model, written for PeftModel, merged."""
+"""Low-rank adapters (LoRA, arXiv:2106.09685) with peft: put into a model, named and described for PeftModel.
+
+While a model with adapters trains, its other weights are frozen. They are not in its checkpoints; a resume reads
+them from `model.pretrained` again, and `fingerprint` tells whether they are still the same.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers.configuration_utils import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from trainer.config import LoraConfig
-from trainer.errors import ConfigError
+from trainer.config import Config, LoraConfig
+from trainer.errors import CheckpointError, ConfigError
 
 ADAPTER = "default"
 """peft's own name of a model's only adapter; part of the parameters' names."""
+
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+"""peft's files."""
+
+_PREFIX = "base_model.model."
+_SAMPLE = 4096
 
 
 def apply_lora(model: nn.Module, lora: LoraConfig) -> None:
@@ -21,16 +37,24 @@ def apply_lora(model: nn.Module, lora: LoraConfig) -> None:
 
     `model` is on the meta device; models/weights.py initialises the adapters as peft does (A uniform, B zero).
     Names become `….q_proj.base_layer.weight`, `….q_proj.lora_A.default.weight`. Raises ConfigError for a target
-    that names no layer.
+    that names no layer, or the output head where its weight is also the embedding.
     """
     from peft import inject_adapter_in_model
 
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)}
+    layers = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    names = {name.rpartition(".")[2] for name in layers}
     for target in lora.targets:
         if target not in names:
             raise ConfigError(
                 f"model.lora.targets: {type(model).__name__} has no linear layer {target!r}",
                 hint=f"It has {', '.join(sorted(names))}.",
+            )
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    for name, module in layers.items():
+        if name.rpartition(".")[2] in lora.targets and module.weight is embedding.weight:
+            raise ConfigError(
+                f"model.lora.targets: {name} shares its weight with the embedding, which would change with it",
+                hint=f"Leave {name} out of model.lora.targets.",
             )
     with torch.device("meta"):
         inject_adapter_in_model(_peft_config(lora, type(model).__name__), model, ADAPTER)
@@ -67,38 +91,77 @@ def adapter_state(parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, t
     for name, tensor in parameters:
         if is_adapter(name):
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            state[f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}"] = whole.detach().cpu().contiguous()
+            state[f"{_PREFIX}{name.replace(f'.{ADAPTER}.', '.')}"] = whole.detach().cpu().contiguous()
     return state
 
 
-def save_adapter(
-    folder: Path, state: dict[str, torch.Tensor], lora: LoraConfig, *, base: str, model_class: str
-) -> None:
-    """Writes what `PeftModel.from_pretrained(model, folder)` opens; `state` as `adapter_state` gives it.
+def own_name(name: str) -> str:
+    """The parameter's name for a name in peft's files: `adapter_state` backwards."""
+    module, _, kind = name.removeprefix(_PREFIX).rpartition(".")
+    return f"{module}.{ADAPTER}.{kind}"
 
-    `base` is the folder or hub name of the base model, `model_class` the name of its class in transformers.
+
+@dataclass(frozen=True)
+class Adapter:
+    """What there is to know about adapters beside their weights."""
+
+    lora: LoraConfig
+    base: str
+    """Folder or hub name of the frozen model; empty if its weights are random."""
+    revision: str | None
+    model_class: str
+    """Of transformers."""
+    fingerprint: str
+    """Of the frozen weights."""
+
+    def write_settings(self, folder: Path) -> None:
+        """With the weights' file this makes what `PeftModel.from_pretrained(model, folder)` opens."""
+        settings = _peft_config(self.lora, self.model_class)
+        settings.base_model_name_or_path = self.base
+        settings.revision = self.revision
+        settings.inference_mode = True
+        settings.save_pretrained(str(folder))
+
+
+def adapter_of(config: Config, hf_config: PretrainedConfig, pretrained: Path | None) -> Adapter | None:
+    """The recipe's adapter, or None without one; `pretrained` is the folder of `model.pretrained` on this node."""
+    model = config.model
+    if not model.lora.rank:
+        return None
+    if pretrained is None:  # random weights: a function of the seed and the sizes
+        about = {**hf_config.to_dict(), "transformers_version": None, "seed": config.seed}
+        known = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    else:
+        known = fingerprint(pretrained)
+    return Adapter(
+        lora=model.lora,
+        base=str(pretrained.resolve()) if pretrained and Path(str(model.pretrained)).is_dir() else model.pretrained or "",
+        revision=model.revision,
+        model_class=MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)].__name__,
+        fingerprint=known,
+    )
+
+
+def fingerprint(folder: Path) -> str:
+    """16 hex digits of the safetensors in `folder`: each tensor's name, type and shape, and 3 × 4 KiB of its values.
+
+    However the tensors are divided into files. A fine-tuned or otherwise replaced model differs in all of its
+    matrices, so a sample of each tells, in milliseconds. Raises CheckpointError for a file that cannot be read.
     """
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    settings = _peft_config(lora, model_class)
-    settings.base_model_name_or_path = base
-    settings.inference_mode = True
-    settings.save_pretrained(str(folder))
-
-
-def merge(base: Path, adapter: Path, out: Path) -> None:
-    """Writes the base model with the adapter's product added to its weights: a plain transformers folder.
-
-    Weights keep the dtype of `base`; a tokenizer in `adapter`, else in `base`, comes along.
-    """
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", local_files_only=True)
-    PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().save_pretrained(out)
-    for folder in (adapter, base):
-        if (folder / "tokenizer_config.json").is_file():
-            AutoTokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(out)
-            break
+    tensors: dict[str, bytes] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with path.open("rb") as file:
+                start = 8 + int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(start - 8))
+                header.pop("__metadata__", None)
+                for name, entry in header.items():
+                    begin, end = entry.pop("data_offsets")
+                    state = hashlib.sha256(json.dumps([name, entry], sort_keys=True).encode())
+                    for offset in (begin, (begin + end) // 2, max(begin, end - _SAMPLE)):
+                        file.seek(start + offset)
+                        state.update(file.read(min(_SAMPLE, end - offset)))
+                    tensors[name] = state.digest()
+        except (OSError, ValueError, KeyError, OverflowError) as error:
+            raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from None
+    return hashlib.sha256(b"".join(tensors[name] for name in sorted(tensors))).hexdigest()[:16]

@@ -239,14 +239,20 @@ def test_a_remote_brings_lost_disks_back(kind, run, reference, tmp_path):
     expected = reference(4)
     remote = str(tmp_path / "remote")
     nodes = [NODE | {"ORCH_CHECKPOINT_DIR": str(tmp_path / name)} for name in "ab"]
-    run({FSDP: 2}, ["train", 3], ["save"], ["finish"], env=nodes, type=kind, remote=remote)
-    manifest.verify(tmp_path / "remote/run/step_00000003")
+    output = run({FSDP: 2}, ["train", 3], ["save"], ["finish"], env=nodes, type=kind, remote=remote)
+    assert "warning" not in output
+    assert "parts" not in manifest.verify(tmp_path / "remote/run/step_00000003")
     fresh = [NODE | {"ORCH_CHECKPOINT_DIR": str(tmp_path / name)} for name in "cd"]
     actions = [["resume"], ["train", 1], ["dump", str(tmp_path / "after")]]
     output = run({FSDP: 2}, *actions, env=fresh, type=kind, remote=remote)
     assert "resuming from step 3" in output and "fetched from" in output
     _assert_same(_dumped(tmp_path, "after", 2), expected)
     assert "fetched" not in run({FSDP: 2}, *actions, env=fresh, type=kind, remote=remote)
+    if kind != "full":  # half of it is worse than nothing: it must not look like nothing
+        (tmp_path / "remote/run/step_00000003/manifest-2-of-2.json").unlink()
+        fresh = [NODE | {"ORCH_CHECKPOINT_DIR": str(tmp_path / name)} for name in "ef"]
+        output = run({FSDP: 2}, *actions, env=fresh, type=kind, remote=remote, code=1)
+        assert "no checkpoint verifies" in output and "not on every node" in output
 
 
 def test_local_on_two_disks_wants_all_parts_of_one_save(run, reference, tmp_path):

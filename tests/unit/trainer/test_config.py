@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -79,6 +82,21 @@ def test_unknown_key_without_a_near_one_lists_the_section():
 )
 def test_wrong_values(override, words):
     assert words in _fails(override)
+
+
+DOCS = Path(__file__).parents[3] / "docs"
+PAGES = ("trainer", "parallelism", "data", "checkpoints", "finetuning", "flags")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_documents_name_only_keys_that_exist(page):
+    sections = "|".join({key.partition(".")[0] for key in configuration.keys() if "." in key})
+    text = re.sub(r"^```.*?^```", "", (DOCS / f"{page}.md").read_text(), flags=re.S | re.M)
+    spans = re.findall(r"`([^`]+)`", text)
+    named = {key for span in spans for key in re.findall(rf"(?<![\w/.])(?:{sections})\.[a-z_]+(?:\.[a-z_]+)?\b", span)}
+    known = set(configuration.keys())
+    files = {key for key in named if re.search(r"\.(py|yaml|md|json|safetensors)$", key)}
+    assert [key for key in named - known - files if not any(name.startswith(f"{key}.") for name in known)] == []
 
 
 def test_unknown_recipe():
