@@ -42,17 +42,43 @@ class Start(Event):
 
 @dataclass(frozen=True)
 class Step(Event):
-    """One optimizer step, from rank 0. Times in seconds, `memory` in bytes, `mfu` as a fraction."""
+    """One optimizer step, from rank 0. Times in seconds, `memory` in bytes, `mfu` and `sparsity` as fractions.
+
+    `data_s`, `wait_s` (the first collective: waiting for the slowest rank) and `compute_s` make up `step_s`.
+    """
 
     loss: float | None = None
     lr: float | None = None
     grad_norm: float | None = None
     tokens: int | None = None
     tokens_per_s: float | None = None
+    tokens_per_s_device: float | None = None
     step_s: float | None = None
     data_s: float | None = None
+    wait_s: float | None = None
+    compute_s: float | None = None
     mfu: float | None = None
     memory: float | None = None
+    weight_decay: float | None = None
+    loss_scale: float | None = None
+    sparsity: float | None = None
+
+
+@dataclass(frozen=True)
+class BadStep(Event):
+    """A step whose gradient was not finite: `rows` name its data on the ranks whose own loss was not."""
+
+    grad_norm: str = ""
+    rows: list[str] = field(default_factory=list)
+    data_ranks: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Hang(Event):
+    """No step for `seconds`; the stacks of all threads are in `file`."""
+
+    seconds: float | None = None
+    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,13 +125,16 @@ class End(Event):
     status: str = ""
 
 
-KINDS.update(start=Start, step=Step, eval=Eval, checkpoint=Checkpoint, heartbeat=Heartbeat, error=Error, end=End)
+KINDS.update(start=Start, step=Step, bad_step=BadStep, hang=Hang, eval=Eval)
+KINDS.update(checkpoint=Checkpoint, heartbeat=Heartbeat, error=Error, end=End)
 
 _Kind = TypeVar("_Kind", bound=Event)
 _CHECKS: dict[str, Any] = {
     "str": lambda value: value if isinstance(value, str) else None,
     "int": lambda value: value if isinstance(value, int) and not isinstance(value, bool) else None,
     "float": lambda value: float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None,
+    "list[str]": lambda value: value if isinstance(value, list) else None,
+    "list[int]": lambda value: value if isinstance(value, list) else None,
     "Mapping[str, str]": lambda value: value if isinstance(value, dict) else None,
 }
 

@@ -6,12 +6,14 @@ Runs in the trainer's environment; the host's half (`test_events_host.py`) reads
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from trainer.__main__ import main
+from trainer.models import loss
 
 GOLDEN = Path(__file__).parent / "fixtures" / "events.jsonl"
 TINY = """\
@@ -48,7 +50,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def emitted(tmp_path, monkeypatch) -> list[dict[str, Any]]:
-    """The events of a run that succeeds and of a second attempt that fails."""
+    """The events of a run that succeeds, of an attempt that fails, and of one that hangs and then loses its gradient."""
     text = tmp_path / "text"
     text.mkdir()
     for index in range(4):
@@ -62,12 +64,30 @@ def emitted(tmp_path, monkeypatch) -> list[dict[str, Any]]:
     assert main(["run", "--config", str(recipe)]) == 0
     monkeypatch.setenv("ORCH_ATTEMPT", "2")
     assert main(["run", "--config", str(recipe), "data.seq_len=9"]) == 1  # not the checkpoint's data
+    monkeypatch.setenv("ORCH_ATTEMPT", "3")
+    more = ["train.steps=4", "train.non_finite=stop", "log.hang_factor=1", "log.hang_floor=0.05", "checkpoint.every=0"]
+    slow_then_nan(monkeypatch)
+    assert main(["run", "--config", str(recipe), *more]) == 1
     return read(tmp_path / "run" / "events" / "rank-0.jsonl")
+
+
+def slow_then_nan(monkeypatch) -> None:
+    """The loss of the second step to come is late by more than the watchdog waits, and not a number."""
+    original, calls = loss.summed_loss, []
+
+    def summed_loss(logits: Any, labels: Any) -> Any:
+        calls.append(1)
+        if len(calls) <= 2:
+            return original(logits, labels)
+        time.sleep(0.3)
+        return original(logits, labels) * float("nan")
+
+    monkeypatch.setattr(loss, "summed_loss", summed_loss)
 
 
 def test_emitted_events_have_the_golden_shape(emitted):
     golden = by_kind(read(GOLDEN))
     assert by_kind(emitted) == golden
-    assert [row["attempt"] for row in emitted if row["kind"] == "start"] == [1, 2]
-    assert [row["status"] for row in emitted if row["kind"] == "end"] == ["succeeded", "failed"]
+    assert [row["attempt"] for row in emitted if row["kind"] == "start"] == [1, 2, 3]
+    assert [row["status"] for row in emitted if row["kind"] == "end"] == ["succeeded", "failed", "failed"]
     assert {row["rank"] for row in emitted} == {0}

@@ -120,6 +120,17 @@ class Checkpointer:
         for note in [one for some in self._group.gather([*notes, *([failure] if failure else [])]) for one in some]:
             self._reporter.say(f"warning: {note}")
 
+    def export(self, state: TrainingState, name: str, form: full.Form) -> Path:
+        """The model alone, as `form` says, in the folder `name` beside the checkpoints; → its path on rank 0.
+
+        It is there as a whole or not at all, and replaces an older one. Waits for all that is being written or
+        uploaded. Raises CheckpointError on every rank.
+        """
+        self.finish()
+        folder = self._writer.export(state, name, form, self._timeline, self._saved == state.step)
+        self.finish()
+        return folder
+
     def _conclude(self, *, wait: bool) -> None:
         job = self._job
         if job is None:
@@ -158,6 +169,7 @@ class Checkpointer:
         about = comm.broadcast(json.loads((folder / STATE).read_text()) if mine else None, holder)
         if head["layout"] == "local":
             self._check_layout(head, folder)
+        self._check_base(head, folder, state)
         state.stream.load_state_dict(about["data"])
         source = self._open(head["layout"], folder, holder, state)
         moments = not self._config.skip_optimizer and any(name.startswith("optimizer.") for name in source.shapes)
@@ -199,6 +211,16 @@ class Checkpointer:
                 f" it loads only there, not on {here[0]} ranks as {here[1]}",
                 hint="Resume with the layout it was written in, once with checkpoint.type=shard or full to save it for"
                 " any other; or name another checkpoint in checkpoint.resume.",
+            )
+
+    def _check_base(self, head: manifest.Manifest, folder: Path, state: TrainingState) -> None:
+        """Adapters fit one base: the weights that are not in the checkpoint must be those it was trained on."""
+        there = head.get("base")
+        if state.adapter is not None and there not in (None, state.adapter.fingerprint):
+            raise CheckpointError(
+                f"the adapters in {folder} were trained on other base weights ({there}) than those of"
+                f" {state.adapter.base or 'this recipe'} ({state.adapter.fingerprint})",
+                hint="Set model.pretrained (and model.revision) to the base of that run, or checkpoint.resume=none.",
             )
 
     def _check_model(self, source: Source, targets: dict[str, torch.Tensor]) -> None:

@@ -7,6 +7,7 @@ that is full on one rank fails the save on all, and nobody deletes an old checkp
 from __future__ import annotations
 
 import json
+import os
 import platform
 import threading
 import time
@@ -20,8 +21,8 @@ import torch
 from trainer.checkpoints import manifest
 from trainer.checkpoints.formats import full, local, shard
 from trainer.checkpoints.group import Group
-from trainer.checkpoints.snapshot import Piece, Snapshot
 from trainer.checkpoints.settings import write_settings
+from trainer.checkpoints.snapshot import Piece, Snapshot
 from trainer.checkpoints.state import TrainingState, rng_state, tensors
 from trainer.checkpoints.storage import Storage
 from trainer.checkpoints.upload import Uploader
@@ -134,6 +135,50 @@ class Writer:
             note for notes in group.gather(self._after(root / manifest.folder_name(job.step))) for note in notes
         ]
 
+    def export(self, state: TrainingState, name: str, form: full.Form, timeline: int, saved: bool) -> Path:
+        """Writes the model alone as `root/name` on rank 0's disk; → its path. Collective, and done when it returns.
+
+        `saved`: this step has a checkpoint; if that holds the very same files, they are linked, not written again.
+        Raises CheckpointError on all ranks.
+        """
+        group, root = self._group, self._storage.root
+        folder, main = root / name, group.rank == 0
+        twin = root / manifest.folder_name(state.step)
+        same = saved and self._layout == "full" and form == full.form_of(state)
+        head = self._head(state, timeline, state.step, uuid.uuid4().hex) | {"layout": "full"}
+
+        def begin() -> tuple[Path, manifest.Files]:
+            if not main:
+                return folder, {}
+            staging = manifest.stage_as(root, name)
+            write_settings(staging, state, form.dtype)
+            return staging, _link(twin, staging, form.stem) if same else {}
+
+        def seal(staging: Path, linked: manifest.Files) -> None:
+            if main:
+                names = sorted(path.name for path in staging.iterdir())
+                files = manifest.digest(staging, [name for name in names if name not in linked])
+                manifest.publish(staging, name, {manifest.MANIFEST: manifest.text_of(head, {**files, **linked})})
+
+        try:
+            staging, linked = group.agree(begin)[0]
+            if not linked:
+                self._snapshot.begin(tensors(state, optimizer=False))
+                self._snapshot.copy()
+                plan = group.gather(self._snapshot.pieces())
+                group.agree(lambda: full.write(staging, self._snapshot, plan, group, form))
+            group.agree(lambda: seal(staging, linked))
+        except CheckpointError as error:
+            if main:
+                manifest.sweep(root)
+            raise CheckpointError(
+                f"the model could not be written to {folder}: {error.message}",
+                hint="The checkpoints are as they were: the same command writes it again.",
+            ) from error
+        if main and self._uploader is not None:
+            self._uploader.submit(folder)
+        return folder
+
     def _head(self, state: TrainingState, timeline: int, step: int, save: str) -> dict[str, Any]:
         head = {
             "step": step,
@@ -185,3 +230,17 @@ class Writer:
             notes += self._uploader.notes()
             self._uploader.submit(folder)
         return notes
+
+
+def _link(checkpoint: Path, staging: Path, stem: str) -> manifest.Files:
+    """The model's files of a checkpoint in `staging` too, without a copy; nothing where the disk cannot do so."""
+    known = manifest.read(checkpoint)["files"]
+    files = {name: entry for name, entry in known.items() if name.startswith(stem) and ".safetensors" in name}
+    try:
+        for name in files:
+            os.link(checkpoint / name, staging / name)
+    except OSError:
+        for name in files:
+            (staging / name).unlink(missing_ok=True)
+        return {}
+    return files

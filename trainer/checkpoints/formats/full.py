@@ -35,6 +35,14 @@ class Form:
     """Bytes of one file; None: the usual."""
     convert: Callable[[Tensors], Tensors] = dict
     """Makes what is written of some modules' whole tensors, by the parameters' names."""
+    dtype: torch.dtype | None = None
+    """Of the floating-point tensors; None: as they are."""
+
+    def made(self, tensors: Tensors) -> Tensors:
+        converted = self.convert(tensors)
+        if self.dtype is None:
+            return converted
+        return {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in converted.items()}
 
 
 WHOLE = Form()
@@ -77,7 +85,7 @@ def write(
         for file, members in split_files(one.stem, sizes, one.limit).items():
             names = [name for module in members for name in modules[module]]
             wholes = {name: _gather(list(owners[name].values()), snapshot, group) for name in names}
-            output.add(file, {name.partition(".")[2]: t for name, t in wholes.items() if t is not None}, one.convert)
+            output.add(file, {name.partition(".")[2]: t for name, t in wholes.items() if t is not None}, one)
         output.close(one.stem)
     return output.files()
 
@@ -92,10 +100,10 @@ class _Output:
         self._total = 0
         self._failure: Exception | None = None
 
-    def add(self, file: str, tensors: Tensors, convert: Callable[[Tensors], Tensors]) -> None:
+    def add(self, file: str, tensors: Tensors, form: Form) -> None:
         if self._active and self._failure is None:
             try:
-                made = convert(tensors)
+                made = form.made(tensors)
                 write_file(self._staging / file, made)
                 self._written.append(file)
                 self._groups[file] = list(made)
