@@ -63,7 +63,7 @@ integration: setup setup-trainer engine ## a real sshd, engine, registry and clu
 	$(HOST)/python -m pytest tests/integration
 
 soak: setup-trainer ## COUNT faults (kill -9, torn files, flipped bits, full disks) while checkpoints are written
-	$(TRAINER)/python tests/soak/faults.py --count $(COUNT)
+	PYTHONPATH=. $(TRAINER)/python tests/soak/faults.py --count $(COUNT)
 
 lint: setup ## style and the import contracts
 	@$(HOST)/ruff check orchestrator trainer tests benchmarks

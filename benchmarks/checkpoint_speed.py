@@ -5,9 +5,9 @@
 Two processes, FSDP2 over Gloo, a Llama of 44 million parameters with AdamW's moments: 0.5 GB on disk. Both sides save
 the same tensors as DCP shards into the same file system, and flush them; ours also hashes, writes the manifest and
 renames. Ours (checkpoint.type=shard): the time in `save`, and in the `poll` before each optimizer step until all is
-written. Other: `torch.distributed.checkpoint.save`, its defaults, from call to return. In turns in one run (job/saves.py),
-after a round that is not counted; of each, the slowest rank, and the median. Where ranks, writer and disk share cores,
-steps during a save are slower: that is shown, too.
+written. Other: `torch.distributed.checkpoint.save`, its defaults, from call to return. In turns in one run
+(job/saves.py), after a round that is not counted; of each, the slowest rank, and the median. Where ranks, writer and
+disk share cores, steps during a save are slower: that is shown, too.
 
 Loading: a whole resume of the newest checkpoint, the hashing in it (of what was just written, so mostly from memory:
 that is SHA-256's own speed), and `dcp.load` of the other side's. The ranks of a node share the hashing.
@@ -74,7 +74,7 @@ def measure(rounds: int, folder: Path) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where checkpoints are written; default: the system's temporary one")
+    parser.add_argument("--folder", type=Path, help="for the checkpoints; default: the system's temporary one")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:

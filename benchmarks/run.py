@@ -2,8 +2,9 @@
 
     python benchmarks/run.py [--only NAME]… [--markdown | --json] [--sim NAME] [--quick]
 
-About five minutes on two idle cores. Ends with 1 if a figure misses its target. `--markdown` prints the table of
-docs/benchmarks.md, with the machine and the day.
+About eleven minutes on two idle cores; `--only host` and `--only trainer`, which needs no cluster, take about half of
+it each. Ends with 1 if a figure misses its target. `--markdown` prints the table of docs/benchmarks.md, with the
+machine and the day.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PATIENCE = 1200
+TRAINER = Path(os.environ.get("ORCH_TRAINER_PYTHON") or HERE.parent / ".venv-trainer/bin/python")
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,54 @@ def log_stream(result: list[dict]) -> list[Row]:
     return rows
 
 
+def trainer_speed(result: dict) -> list[Row]:
+    ours, other = result["ours_first_s"], result["bare_first_s"]
+    return [
+        Row("tokens/s of 2 processes / barest DDP loop", f"{result['ours_tokens_per_s']:,.0f}",
+            f"{result['bare_tokens_per_s']:,.0f}", f"{result['ratio']:.3f}×", f"≥ {result['target']}×", result["ok"]),
+        Row("… start of torchrun → first step", f"{ours:.1f} s", f"{other:.1f} s",
+            f"{ours / other:.2f}× ({ours - other:+.1f} s)", ""),
+    ]  # fmt: skip
+
+
+def data_speed(result: dict) -> list[Row]:
+    limits, checks = result["limits"], result["checks"]
+    speed, raw = result["ours_tokens_per_s"] / 1e6, result["raw_tokens_per_s"] / 1e6
+    first, last = result["memory_first"] / 1e6, result["memory_last"] / 1e6
+    return [
+        Row("packed tokens/s from MDS / raw iteration of `StreamingDataset`", f"{speed:.1f} M", f"{raw:.1f} M",
+            f"{result['ratio']:.2f}×", f"≥ {limits['ratio']}×", checks["ratio"]),
+        Row("… on one core", f"{speed:.1f} M", "", "", f"≥ {limits['tokens_per_s'] / 1e6:.0f} M",
+            checks["tokens_per_s"]),
+        Row("… slots filled", f"{result['filled']:.2%}", "", "", f"≥ {limits['filled']:.0%}", checks["filled"]),
+        Row("… memory, last quarter of two epochs / first", f"{last:.1f} MB", f"{first:.1f} MB",
+            f"{result['growth']:.3f}×", f"≤ {limits['growth']}×", checks["growth"]),
+    ]  # fmt: skip
+
+
+def useful_tokens(result: dict) -> list[Row]:
+    return [
+        Row("useful tokens/s on ragged documents / HF `Trainer`, padded", f"{result['ours_tokens_per_s']:,.0f}",
+            f"{result['hf_tokens_per_s']:,.0f}", f"{result['ratio']:.2f}×", f"≥ {result['target']}×", result["ok"]),
+        Row("… slots that are useful", f"{result['ours_useful']:.1%}", f"{result['hf_useful']:.1%}", "", ""),
+    ]  # fmt: skip
+
+
+def checkpoint_speed(result: dict) -> list[Row]:
+    size = f"{result['bytes'] / 1e6:.0f} MB"
+    resume, load = result["resume_s"], result["dcp_load_s"]
+    return [
+        Row(f"asynchronous save of {size}, training stands still / synchronous DCP save",
+            f"{result['blocked_s']:.3f} s", f"{result['dcp_s']:.2f} s", f"{result['ratio']:.3f}×",
+            f"≤ {result['target']}×", result["ok"]),
+        Row("… all that the steps meanwhile take longer", f"{result['lost_s']:.2f} s", f"{result['dcp_s']:.2f} s",
+            f"{result['lost_s'] / result['dcp_s']:.2f}×", ""),
+        Row("resume from it / `dcp.load`", f"{resume:.2f} s", f"{load:.2f} s", f"{resume / load:.2f}×", ""),
+        Row("… of which hashing", f"{result['verify_s']:.2f} s", "",
+            f"{result['verify_share']:.0%} ({result['verify_mb_per_s']:,.0f} MB/s)", ""),
+    ]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Part:
     """A script with --json, and what of its answer goes into the table."""
@@ -93,6 +143,7 @@ class Part:
     arguments: tuple[str, ...]
     quick: tuple[str, ...]
     cluster: bool = False
+    interpreter: Path = Path(sys.executable)
 
 
 PARTS = {
@@ -101,13 +152,27 @@ PARTS = {
     "edit_to_step": Part(edit_to_step, ("--rounds", "5"), ("--rounds", "1"), cluster=True),
     "build_push": Part(build_push, ("--rounds", "5"), ("--rounds", "1")),
     "log_stream": Part(log_stream, ("--lines", "400000"), ("--lines", "100000", "--repeat", "1")),
+    "trainer_speed": Part(
+        trainer_speed, ("--rounds", "3", "--steps", "20"), ("--rounds", "1", "--steps", "5"), interpreter=TRAINER
+    ),
+    "data_speed": Part(data_speed, ("--rounds", "5"), ("--rounds", "1", "--tokens", "4000000"), interpreter=TRAINER),
+    "useful_tokens": Part(
+        useful_tokens, ("--rounds", "3", "--steps", "15"), ("--rounds", "1", "--steps", "5"), interpreter=TRAINER
+    ),
+    "checkpoint_speed": Part(checkpoint_speed, ("--rounds", "5"), ("--rounds", "1"), interpreter=TRAINER),
+}
+GROUPS = {
+    "host": [name for name, part in PARTS.items() if part.interpreter != TRAINER],
+    "trainer": [name for name, part in PARTS.items() if part.interpreter == TRAINER],
 }
 
 
 def measure(name: str, given: argparse.Namespace) -> Any:
     """The script's JSON. Its exit code only says that a target was missed, which the table says too."""
     part = PARTS[name]
-    argv = [sys.executable, str(HERE / f"{name}.py"), "--json", *(part.quick if given.quick else part.arguments)]
+    if not part.interpreter.exists():
+        sys.exit(f"{name}.py needs {part.interpreter}: make setup-trainer")
+    argv = [str(part.interpreter), str(HERE / f"{name}.py"), "--json", *(part.quick if given.quick else part.arguments)]
     if part.cluster:
         argv += ["--sim", given.sim, "--project", str(given.project)]
     if name == "build_push":
@@ -155,7 +220,8 @@ def _table(rows: list[Row], *, markdown: bool) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=list(PARTS), help="repeatable; all when left out")
+    names = [*GROUPS, *PARTS]
+    parser.add_argument("--only", action="append", choices=names, metavar="NAME", help=f"one of {', '.join(names)}")
     parser.add_argument("--sim", default="sim", metavar="NAME", help="simulated cluster, as in `orch sim up --name`")
     parser.add_argument("--project", type=Path, default=HERE.parent, help="the folder in which it was started")
     parser.add_argument("--quick", action="store_true", help="few rounds: shows that everything runs, no figures")
@@ -164,7 +230,7 @@ def main() -> int:
     style.add_argument("--json", action="store_true", help="everything that was measured")
     given = parser.parse_args()
     machine, results, rows = _machine(), {}, []
-    for name in given.only or PARTS:
+    for name in dict.fromkeys(name for chosen in given.only or GROUPS for name in GROUPS.get(chosen, [chosen])):
         begun = time.monotonic()
         results[name] = measure(name, given)
         rows += PARTS[name].rows(results[name])

@@ -23,17 +23,18 @@ class Bare:
     """In the default process group."""
 
     def __init__(self, model: dict[str, Any], rows: int, seq_len: int) -> None:
-        # with its default, use_cache=True, transformers builds no mask but lets the kernel be causal: faster
-        module = LlamaForCausalLM(LlamaConfig(**model))
+        module = LlamaForCausalLM(LlamaConfig(**model, use_cache=False))
         self._model = DistributedDataParallel(module, gradient_as_bucket_view=True)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-4, fused=True)
         generator = torch.Generator().manual_seed(dist.get_rank())
         self._tokens = torch.randint(model["vocab_size"], (8, rows, seq_len + 1), generator=generator)
+        # with neither cache nor mask transformers would build one of (rows, L, L), and the kernel could not be causal
+        self._all = torch.ones(rows, seq_len, dtype=torch.bool)
         self._steps = 0
 
     def step(self) -> None:
         batch = self._tokens[self._steps % len(self._tokens)]
-        logits = self._model(input_ids=batch[:, :-1]).logits
+        logits = self._model(input_ids=batch[:, :-1], attention_mask=self._all).logits
         F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)

@@ -48,7 +48,7 @@ def main() -> int:
     turns = Turns(json.loads(sys.argv[1]))
     Loop.step = lambda loop: turns.step(loop)  # type: ignore[method-assign]
     code = program.main(sys.argv[2:])
-    if code == 0:
+    if code == 0 and os.environ["RANK"] == "0":
         print(json.dumps(turns.seconds), flush=True)
     return code
 

@@ -88,7 +88,8 @@ def main() -> None:
             callbacks=[clock],
         ).train()
     steps = given["steps"]  # the loader collates ahead
-    print(json.dumps({"useful": collate.useful[:steps], "slots": collate.slots[:steps], "ends": clock.ends}), flush=True)
+    found = {"useful": collate.useful[:steps], "slots": collate.slots[:steps], "ends": clock.ends}
+    print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""HF `Trainer` on the model and rows of benchmarks/gpu.py; prints one JSON line: each step's seconds and peak memory."""
+"""HF `Trainer` on the model and rows of benchmarks/gpu.py; one JSON line: each step's seconds, and peak memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ class Rows(torch.utils.data.Dataset):
         return len(self.tokens)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
+        tokens = self.tokens[index]
+        # as its collators do: without a mask transformers would build one of (rows, L, L), and flash could not be used
+        return {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
 class Clock(TrainerCallback):

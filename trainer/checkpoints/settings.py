@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from trainer.checkpoints.state import TrainingState
-
-TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
-    "chat_template*",
-)  # fmt: skip
-"""Not all files: the tokenizer may lie beside the weights of `model.pretrained`."""
+from trainer.data.tokenizer import copy_files
 
 
 def write_settings(folder: Path, state: TrainingState, dtype: torch.dtype | None = None) -> None:
@@ -38,21 +32,18 @@ def write_settings(folder: Path, state: TrainingState, dtype: torch.dtype | None
         config.save_pretrained(folder)
     else:
         state.adapter.write_settings(folder)
-    _write_generation(folder, state, GenerationConfig.from_model_config(config).to_diff_dict())
+    defaults = GenerationConfig.from_model_config(config).to_diff_dict()
+    defaults.pop("_from_model_config", None)
+    _write_generation(folder, state, defaults)
     tokenizer = state.tokenizer_folder
     if tokenizer is not None:
-        copy_tokenizer(tokenizer, folder)
+        copy_files(tokenizer, folder)
         if state.chat and not _template(tokenizer).own:
             from trainer.data.sources.chat import DEFAULT_TEMPLATE
 
             # the marks are for training; not every engine knows them
             plain = re.sub(r"{% (end)?generation %}", "", DEFAULT_TEMPLATE)
             (folder / "chat_template.jinja").write_text(plain, encoding="utf-8")
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    for file in {file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()}:
-        shutil.copy(file, folder / file.name)
 
 
 def _write_generation(folder: Path, state: TrainingState, values: dict[str, Any]) -> None:

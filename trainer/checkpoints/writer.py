@@ -124,7 +124,7 @@ class Writer:
         head = self._head(state, timeline, job.step, shares[0].save)
         try:
             common = group.agree(lambda: self._prepare(about, [one.rng for one in shares], state))[group.rank]
-            written = group.agree(lambda: manifest.digest(staging, [*common, *self._fill(staging, shares)]))
+            written = group.agree(lambda: manifest.digest(staging, [*common, *self._fill(staging, shares, state)]))
             group.agree(lambda: self._seal(staging, head, written))
         except CheckpointError:
             if self._seals:
@@ -203,9 +203,9 @@ class Writer:
             write_settings(staging, state)
         return [path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()]
 
-    def _fill(self, staging: Path, shares: list[_Share]) -> list[str]:
+    def _fill(self, staging: Path, shares: list[_Share], state: TrainingState) -> list[str]:
         if self._layout == "full":
-            return full.write(staging, self._snapshot, [one.pieces for one in shares], self._group)
+            return full.write(staging, self._snapshot, [one.pieces for one in shares], self._group, full.form_of(state))
         if self._layout == "shard":
             return shard.write(staging, self._snapshot, self._group)
         return local.write(staging, self._snapshot, self._storage.rank)

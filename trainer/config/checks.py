@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 def check_world(config: Config, layout: Layout) -> None:
     """Raises ConfigError, naming the key to change, unless the recipe can run in `layout`."""
-    _batch(config, layout.data)
+    if config.task != "evaluate":
+        _batch(config, layout.data)
     _pipeline(config, layout)
     _tensor(config)
 

@@ -106,8 +106,10 @@ class DataConfig(Section):
     column: str | None = Field(None, description="column with the text, tokens or messages; default: found by itself")
     limit: int | None = Field(None, gt=0, description="use only the first documents")
     seq_len: int = Field(128, ge=2, description="tokens per row")
-    strategy: Literal["pack", "overflow", "trunc"] = Field(
-        "pack", description="pack: joined, none dropped; overflow: windows with stride; trunc: first window"
+    strategy: Literal["pack", "fit", "overflow", "trunc"] = Field(
+        "pack",
+        description="pack: joined, none dropped; fit: the same, none cut that fits a row; overflow: windows with"
+        " stride; trunc: first window",
     )
     stride: int = Field(128, ge=0, description="overflow: tokens that a window repeats as context of the next")
     cross_document: bool = Field(False, description="let packed documents attend to each other")
@@ -194,8 +196,8 @@ class CheckpointConfig(Section):
     keep_every: int = Field(0, ge=0, description="and each whose step is a multiple of this; 0: none")
     asynchronous: bool = Field(True, description="write while training goes on")
     resume: str = Field("auto", description="auto: newest that verifies on any node; none; or a step_… folder")
-    skip_optimizer: bool = Field(False, description="resume model and data position only")
-    remote: str | None = Field(None, description="also upload to s3://… or a mounted path, in the background")
+    skip_optimizer: bool = Field(False, description="resume with new moments and loss scale")
+    remote: str | None = Field(None, description="also upload to s3://… or a mounted path, as <remote>/<name>")
     on_failure: Literal["warn", "stop"] = Field("warn", description="when writing fails, for example on a full disk")
 
 

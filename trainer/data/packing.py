@@ -3,6 +3,8 @@
 The strategies (`data.strategy`), with L = seq_len:
 - `pack`: all documents joined. Row k covers tokens k·L … k·L+L of the stream, so neighbouring rows share a
   token, and every token but the first of each document is a target exactly once. Nothing is padded.
+- `fit`: likewise, but a document that fits into a row is never cut: the row before it is padded instead. For
+  conversations, whose answers mean little without the question.
 - `overflow`: each document for itself, in windows of L inputs that repeat the last `stride` inputs of the
   window before as context. Repeated targets do not count again, so here, too, each is one exactly once.
 - `trunc`: the first window of each document only.
@@ -26,6 +28,9 @@ from trainer.errors import ConfigError, DataError
 
 IGNORE = -100
 """The label of a position that is no target (torch's `cross_entropy` default)."""
+
+PACKED = ("pack", "fit")
+"""Strategies with several documents in a row."""
 
 Batch = dict[str, torch.Tensor]
 
@@ -88,7 +93,7 @@ class Cutter:
 
     def row(self, source: Source, position: int, offset: int) -> Next | None:
         """None where nothing is left to predict. Raises DataError if the place is not in the document."""
-        return (self._pack if self.strategy == "pack" else self._window)(source, position, offset)
+        return (self._pack if self.strategy in PACKED else self._window)(source, position, offset)
 
     def filler(self) -> Row:
         """A row without targets."""
@@ -105,6 +110,8 @@ class Cutter:
         while item := source.item(position):
             if offset and offset >= len(item.tokens):
                 raise _outside(item.index, offset, len(item.tokens))
+            if self.strategy == "fit" and filled > 1 and filled + len(item.tokens) > size:
+                break
             end = min(offset + size - filled, len(item.tokens))
             upto = filled + end - offset
             tokens[filled:upto] = item.tokens[offset:end]
@@ -115,6 +122,8 @@ class Cutter:
                 pieces.append(Piece(item.epoch, item.index, offset, end))
             filled = upto
             if filled == size:
+                if self.strategy == "fit" and end == len(item.tokens):
+                    return Next(self._row(tokens, targets, position_ids, pieces), position + 1, 0)
                 # the last target is the next row's first input
                 return Next(self._row(tokens, targets, position_ids, pieces), position, end - 1)
             position, offset = position + 1, 0

@@ -21,6 +21,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from trainer.errors import ConfigError
 from trainer.locks import locked, wait_for
 
+FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
+    "chat_template*",
+)  # fmt: skip
+"""Names of a tokenizer's files, of whatever kind: there may be a model's weights beside them."""
+
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 BOS_ID, EOS_ID, PAD_ID = 0, 1, 2
 
@@ -209,6 +215,12 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
         if not folder.is_dir():
             raise
+
+
+def copy_files(source: Path, folder: Path) -> None:
+    """Brings the tokenizer in `source` to `folder`."""
+    for file in {file for pattern in FILES for file in source.glob(pattern) if file.is_file()}:
+        shutil.copy(file, folder / file.name)
 
 
 def prepare(

@@ -8,13 +8,14 @@ also those that every rank holds whole, so that optimizer and checkpoints see on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -172,23 +173,21 @@ def _shard_sequence_between(parts: list[nn.Module], tp: DeviceMesh) -> None:
 
 
 def complete_gradients(module: nn.Module) -> None:
-    """Makes backward sum over `tp` the gradients of replicated parameters whose ranks saw different tokens or heads.
+    """Makes gradients lie over `tp` as their parameters do.
 
-    To be called once the parameters have their weights (leaving the meta device makes new ones). FSDP2 does this
-    by itself for those that it manages.
+    Those of replicated parameters whose ranks saw different tokens or heads are sums yet to be made; that of an
+    embedding with an output head of its own is whole. To be called once the parameters have their weights (leaving
+    the meta device makes new ones). FSDP2 does this by itself for those that it manages.
     """
     for parameter in module.parameters():
-        if isinstance(parameter, DTensor) and parameter.requires_grad and _replicated_over_tp(parameter):
-            parameter.register_hook(_complete)
+        own = isinstance(parameter, DTensor) and parameter.device_mesh.mesh_dim_names == ("tp",)
+        if own and parameter.requires_grad:
+            parameter.register_hook(functools.partial(_complete, parameter.placements))
 
 
-def _replicated_over_tp(parameter: DTensor) -> bool:
-    return parameter.device_mesh.mesh_dim_names == ("tp",) and parameter.placements[0].is_replicate()
-
-
-def _complete(gradient: torch.Tensor) -> torch.Tensor:
+def _complete(placements: Sequence[Placement], gradient: torch.Tensor) -> torch.Tensor:
     assert isinstance(gradient, DTensor)
-    return gradient.redistribute(placements=[Replicate()])
+    return gradient.redistribute(placements=placements)
 
 
 def _present(module: nn.Module | None) -> bool:

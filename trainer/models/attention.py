@@ -22,6 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trainer.config import Config
+from trainer.data.packing import PACKED
 from trainer.errors import ConfigError
 from trainer.models.memory import base_model
 
@@ -64,7 +65,7 @@ def check_isolation(config: Config, model_class: type) -> None:
     Those that can take their mask from `create_causal_mask`, which looks at position ids; all others that were
     tried (OPT, Falcon, BLOOM, MPT, StableLM, …) let packed documents attend to each other without a word.
     """
-    apart = config.data.strategy == "pack" and not config.data.cross_document
+    apart = config.data.strategy in PACKED and not config.data.cross_document
     if apart and not hasattr(sys.modules[model_class.__module__], "create_causal_mask"):
         raise ConfigError(
             f"{model_class.__name__} of transformers cannot keep packed documents apart",

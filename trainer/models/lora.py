@@ -133,9 +133,10 @@ def adapter_of(config: Config, hf_config: PretrainedConfig, pretrained: Path | N
         known = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
     else:
         known = fingerprint(pretrained)
+    here = pretrained is not None and Path(str(model.pretrained)).is_dir()
     return Adapter(
         lora=model.lora,
-        base=str(pretrained.resolve()) if pretrained and Path(str(model.pretrained)).is_dir() else model.pretrained or "",
+        base=str(Path(str(model.pretrained)).resolve()) if here else model.pretrained or "",
         revision=model.revision,
         model_class=MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)].__name__,
         fingerprint=known,

@@ -99,7 +99,7 @@ def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     if rows.dtype in (torch.bfloat16, torch.float16):
         rows = rows.float()
     loss = F.cross_entropy(rows, labels.flatten(), ignore_index=IGNORE, reduction="sum")
-    return loss.to_local() if isinstance(loss, DTensor) else loss
+    return loss.to_local().clone() if isinstance(loss, DTensor) else loss  # FSDP2 warns of modules that return views
 
 
 def chunked_loss(

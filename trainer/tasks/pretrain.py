@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -23,6 +26,7 @@ from trainer.context import Context, Outcome
 from trainer.data.stream import BatchStream
 from trainer.data.tokenizer import TextTokenizer
 from trainer.loop import Loop
+from trainer.models.lora import adapter_of
 from trainer.optimize import LossScaler, Schedule, build_optimizer
 from trainer.profiling import Profiler
 from trainer.watchdog import Watchdog
@@ -36,14 +40,17 @@ def run(context: Context) -> Outcome:
     return outcome
 
 
-def train(session: Session) -> Outcome:
-    """Trains from the newest checkpoint, or the beginning, to `train.steps`; evaluates and shows a sample."""
+def train(session: Session, finish: Callable[[TrainingState, Checkpointer], object] | None = None) -> Outcome:
+    """Trains from the newest checkpoint, or the beginning, to `train.steps`; evaluates and shows a sample.
+
+    `finish`: what else is done with the model once all steps are taken.
+    """
     context, config = session.context, session.config
     folder = pretrained_folder(session)
     data = open_data(session, folder)
     model = open_model(session, data.tokenizer, folder)
     rows = held_out_rows(session, data)
-    state = training_state(session, data, model)
+    state = training_state(session, data, model, folder)
     checkpointer = Checkpointer(
         config.checkpoint, context.folders.checkpoints, session.mesh, session.reporter, run=config.name
     )
@@ -65,6 +72,8 @@ def train(session: Session) -> Outcome:
     )
     checkpointer.resume(state, before_load=loop.settle)
     context.events.step = state.step
+    if model.sparse is not None:
+        model.sparse.step(max(state.step - 1, 0))  # as in the last step taken, should there be none to take
     if state.step >= config.train.steps:
         session.reporter.say(f"training is already complete at step {state.step} of {config.train.steps}")
     try:
@@ -77,10 +86,12 @@ def train(session: Session) -> Outcome:
     final = evaluate_and_report(session, model.parallel, rows, state.step)
     if data.tokenizer is not None:
         print_sample(session, model, data.tokenizer)
+    if finish is not None:
+        finish(state, checkpointer)
     return Outcome("succeeded", state.step, final.loss if final else None)
 
 
-def training_state(session: Session, data: Data, model: Model) -> TrainingState:
+def training_state(session: Session, data: Data, model: Model, pretrained: Path | None) -> TrainingState:
     config, mesh = session.config, session.mesh
     optimizer = build_optimizer(model.parallel, config.optim)
     stream = BatchStream(
@@ -103,6 +114,9 @@ def training_state(session: Session, data: Data, model: Model) -> TrainingState:
         hf_config=model.hf_config,
         tokenizer_folder=data.tokenizer.folder if data.tokenizer else None,
         config_hash=config.hash(),
+        adapter=adapter_of(config, model.hf_config, pretrained),
+        pretrained=pretrained,
+        chat=config.data.source == "chat",
     )
 
 

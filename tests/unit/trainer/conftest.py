@@ -25,7 +25,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 torch.set_num_threads(1)
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["trainer.tasks.pretrain", "trainer.dry_run", "torch.utils.tensorboard"])
+_context.set_forkserver_preload(
+    [
+        *("trainer.tasks.finetune", "trainer.dry_run", "torch.utils.tensorboard", "torch._dynamo"),
+        *("torch.distributed.fsdp", "torch.distributed.tensor.parallel", "transformers.models.llama.modeling_llama"),
+    ]
+)
 
 TINY = [
     "model.hidden_size=32",

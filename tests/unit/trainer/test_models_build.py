@@ -10,12 +10,13 @@ import threading
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer import config as configuration
 from trainer.errors import ConfigError, DataError, DeadlineError
 from trainer.models import build, download, lora, weights
+from trainer.models.merge import merge
 
 CPU = torch.device("cpu")
 
@@ -134,6 +135,12 @@ def _adapted(base) -> torch.nn.Module:
     return model
 
 
+def _save(folder, model, config, base) -> None:
+    folder.mkdir()
+    save_file(lora.adapter_state(model.named_parameters()), folder / "adapter_model.safetensors")
+    lora.adapter_of(config, model.config, base).write_settings(folder)
+
+
 def test_adapter_starts_as_pefts_and_the_base_is_frozen(base):
     model = _adapted(base)
     plain = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
@@ -156,8 +163,7 @@ def test_adapter_opens_in_peft_and_merges(base, tmp_path):
             if lora.is_adapter(name):
                 parameter.normal_(std=0.2)
     config = configuration.load("demo", LORA)
-    state = lora.adapter_state(model.named_parameters())
-    lora.save_adapter(tmp_path / "adapter", state, config.model.lora, base=str(base), model_class="LlamaForCausalLM")
+    _save(tmp_path / "adapter", model, config, base)
     tokens = torch.randint(0, 300, (2, 12))
     plain = AutoModelForCausalLM.from_pretrained(base).eval()
     with torch.no_grad():
@@ -168,7 +174,7 @@ def test_adapter_opens_in_peft_and_merges(base, tmp_path):
         opened.save_pretrained(tmp_path / "again")
         one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again"))
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-        lora.merge(base, tmp_path / "adapter", tmp_path / "merged")
+        merge(base, tmp_path / "adapter", tmp_path / "merged")
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(tokens).logits
     assert torch.allclose(mine, merged, atol=1e-5)
 
@@ -324,7 +330,6 @@ def test_merge_brings_a_tokenizer_along(base, tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0}, []))).save_pretrained(base)
     model = _adapted(base)
     config = configuration.load("demo", LORA)
-    state = lora.adapter_state(model.named_parameters())
-    lora.save_adapter(tmp_path / "a", state, config.model.lora, base=str(base), model_class="LlamaForCausalLM")
-    lora.merge(base, tmp_path / "a", tmp_path / "out")
+    _save(tmp_path / "a", model, config, base)
+    merge(base, tmp_path / "a", tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("a").input_ids == [0]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from trainer.checkpoints import manifest
+from trainer.config import recipe_names
 
 
 def _steps(root: Path) -> list[int]:
@@ -197,7 +198,8 @@ def test_wrong_configuration_is_one_line_and_exit_2(wrong, train, events):
     assert events("run", "error")[0]["type"] == "ConfigError"
 
 
-def test_dry_run(ranks, tmp_path):
-    result = ranks("cli", argv=["run", "--config", "demo", "--dry_run"])
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_dry_run(recipe, ranks):
+    result = ranks("cli", argv=["run", "--config", recipe, "--dry_run"])
     assert result.exit_codes == [0], result.output
-    assert "dry run of recipe 'demo' passed" in result.output[0]
+    assert f"dry run of recipe '{recipe}' passed" in result.output[0]

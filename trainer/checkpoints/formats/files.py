@@ -32,6 +32,7 @@ def split_files(stem: str, sizes: dict[str, int], limit: int | None = None) -> d
 
 def write_file(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read it, not even a serving engine
 
 
 def write_index(path: Path, groups: dict[str, list[str]], total: int) -> None:
