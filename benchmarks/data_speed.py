@@ -39,7 +39,7 @@ from trainer.data.streaming_import import MDSWriter
 VOCAB, PAD = 32_000, 32_000
 """No document contains PAD, so that padding can be told from data."""
 SEQ_LEN, ROWS, MICRO = 2048, 64, 8
-RATIO, SPEED, FILLED, GROWTH = 0.9, 1e6, 0.99, 1.02
+RATIO, SPEED, FILLED, GROWTH = 0.9, 1e6, 0.99, 1.01
 
 
 def write(folder: Path, tokens: int) -> int:

@@ -19,6 +19,7 @@ from trainer.distributed.env import RankEnv
 from trainer.errors import CheckpointError
 from trainer.events import Events
 from trainer.stop import StopRequest
+from trainer.tasks.finetune import FINAL
 
 STEPS = 4
 SEQ_LEN = 64
@@ -75,12 +76,35 @@ def run(config: Config) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory(prefix="trainer-dry-run-") as name:
         small = shrink(config, Path(name))
+        if config.model.pretrained:
+            small = _from_pretrained(small, Path(name))
         trained = _once(small, Path(name))
         print("dry run: starting again from the checkpoint", flush=True)
         reloaded = _once(small, Path(name))
+        if config.task == "finetune":
+            _open(Path(name) / "checkpoints" / FINAL)
     if trained.loss != reloaded.loss or reloaded.step != STEPS:
         raise CheckpointError(f"dry run: held-out loss {trained.loss} became {reloaded.loss} after save and load")
     print(f"dry run of recipe {config.name!r} passed: trained, saved, loaded, evaluated", flush=True)
+
+
+def _from_pretrained(config: Config, folder: Path) -> Config:
+    """`config` with weights to start from, as the recipe has: a tiny model's, made with the same tokenizer."""
+    values = config.model_dump(mode="json")
+    values["task"], values["train"]["steps"], values["checkpoint"]["type"] = "pretrain", 0, "full"
+    values["model"]["lora"]["rank"], values["model"]["sparse"]["mask"] = 0, "none"
+    _once(configuration.validate(values, "dry run"), folder / "base")
+    values = config.model_dump(mode="json")
+    values["model"]["pretrained"] = str(folder / "base/checkpoints/step_00000000")
+    return configuration.validate(values, "dry run")
+
+
+def _open(final: Path) -> None:
+    """As a user does; transformers opens an adapter on the base that it names. Raises whatever they raise."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(final)
+    AutoTokenizer.from_pretrained(final)
 
 
 def _once(config: Config, folder: Path) -> Outcome:

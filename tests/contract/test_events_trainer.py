@@ -50,7 +50,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def emitted(tmp_path, monkeypatch) -> list[dict[str, Any]]:
-    """The events of a run that succeeds, of an attempt that fails, and of one that hangs and then loses its gradient."""
+    """The events of a run that succeeds, of one that fails, and of one that hangs and then loses its gradient."""
     text = tmp_path / "text"
     text.mkdir()
     for index in range(4):

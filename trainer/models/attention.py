@@ -34,13 +34,14 @@ _TRANSFORMERS_NAMES = {"eager": "eager", "sdpa": "sdpa", "flash": "flash_attenti
 def back_end(config: Config, model_config: Any, model_class: type, device: torch.device) -> str:
     """transformers' name of the back-end for `config.model.attention`.
 
-    Raises ConfigError where it cannot be had. `auto` is `varlen` where it has a kernel, else `sdpa`.
+    Raises ConfigError where it cannot be had. `auto` is `varlen` on the CPU, and on GPUs where it has a kernel, else
+    `sdpa`: transformers makes a dense (B, L, L) mask for that from any position ids, packed or not.
     """
     wanted = config.model.attention
     half = config.train.precision in ("bf16", "fp16")
     obstacle = _varlen_obstacle(model_config, model_class)
     if wanted == "auto":
-        return VARLEN if device.type == "cuda" and half and obstacle is None else "sdpa"
+        return VARLEN if obstacle is None and (half or device.type == "cpu") else "sdpa"
     if wanted == "varlen" and (obstacle or (device.type == "cuda" and not half)):
         reason = obstacle or f"its kernel computes in half precision, not {config.train.precision}"
         raise ConfigError(f"model.attention=varlen: {reason}", hint="Set model.attention=sdpa.")
@@ -59,14 +60,18 @@ def back_end(config: Config, model_config: Any, model_class: type, device: torch
     return _TRANSFORMERS_NAMES[wanted]
 
 
+def keeps_apart(config: Config) -> bool:
+    """Whether rows hold several documents that must not see one another."""
+    return config.data.strategy in PACKED and not config.data.cross_document
+
+
 def check_isolation(config: Config, model_class: type) -> None:
     """Raises ConfigError if documents are to be kept apart and the class of transformers cannot.
 
     Those that can take their mask from `create_causal_mask`, which looks at position ids; all others that were
     tried (OPT, Falcon, BLOOM, MPT, StableLM, …) let packed documents attend to each other without a word.
     """
-    apart = config.data.strategy in PACKED and not config.data.cross_document
-    if apart and not hasattr(sys.modules[model_class.__module__], "create_causal_mask"):
+    if keeps_apart(config) and not hasattr(sys.modules[model_class.__module__], "create_causal_mask"):
         raise ConfigError(
             f"{model_class.__name__} of transformers cannot keep packed documents apart",
             hint="Set data.cross_document=true, or data.strategy=trunc, or use another model.architecture.",
@@ -111,9 +116,12 @@ def document_lengths(position_ids: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def install(model: nn.Module) -> None:
-    """Makes the base model of a transformers causal LM hand document lengths to its layers, if they want them."""
-    if model.config._attn_implementation in (VARLEN, "flash_attention_2"):  # type: ignore[union-attr]
+def install(model: nn.Module, apart: bool) -> None:
+    """Makes the base model of a transformers causal LM hand document lengths to its layers, if they want them.
+
+    Not for rows whose documents may see one another: their attention is causal and nothing else.
+    """
+    if apart and model.config._attn_implementation in (VARLEN, "flash_attention_2"):  # type: ignore[union-attr]
         base_model(model).register_forward_pre_hook(_add_lengths, with_kwargs=True)
 
 
@@ -216,10 +224,13 @@ def _varlen_mask(
     *,
     attention_mask: torch.Tensor | None = None,
     allow_is_causal_skip: bool = True,
+    local_size: int | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """No mask for packed rows (transformers forbids `is_causal` for them); SDPA's for generation."""
-    if attention_mask is None and not allow_is_causal_skip and cache_position.shape[0] == kv_length:
+    """No mask for training rows (transformers forbids `is_causal` for all that have position ids), unless a window
+    is narrower than the row: without document lengths only a mask knows of it. SDPA's for generation."""
+    whole = local_size is None or kv_length <= local_size
+    if attention_mask is None and not allow_is_causal_skip and cache_position.shape[0] == kv_length and whole:
         return None
     return sdpa_mask(
         batch_size,
@@ -228,6 +239,7 @@ def _varlen_mask(
         kv_offset,
         attention_mask=attention_mask,
         allow_is_causal_skip=allow_is_causal_skip,
+        local_size=local_size,
         **kwargs,
     )
 

@@ -205,7 +205,7 @@ def on_meta(config: Config, settings: PretrainedConfig, device: torch.device) ->
             if parameter is not None and not parameter.is_meta:  # made from ones or zeros
                 module._parameters[key] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
     model.tie_weights()
-    attention.install(model)
+    attention.install(model, attention.keeps_apart(config))
     install_loss(model, loss_method(config, model, device))
     return model.train()
 

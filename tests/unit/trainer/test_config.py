@@ -90,7 +90,7 @@ PAGES = ("trainer", "parallelism", "data", "checkpoints", "finetuning", "flags")
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_documents_name_only_keys_that_exist(page):
-    sections = "|".join({key.partition(".")[0] for key in configuration.keys() if "." in key})
+    sections = "|".join({key.partition(".")[0] for key in dict(configuration.keys()) if "." in key})
     text = re.sub(r"^```.*?^```", "", (DOCS / f"{page}.md").read_text(), flags=re.S | re.M)
     spans = re.findall(r"`([^`]+)`", text)
     named = {key for span in spans for key in re.findall(rf"(?<![\w/.])(?:{sections})\.[a-z_]+(?:\.[a-z_]+)?\b", span)}

@@ -18,7 +18,8 @@ from trainer.data import tokenizer
 from trainer.data.streaming_import import MDSWriter
 
 LENGTH, STRIDE = 24, 8
-WORDS = "the of and a to in is you that it he was for on are as with his they at be this have from one had by".split()
+SENTENCE = "the of and a to in is you that it he was for on are as with his they at be this have from by"
+WORDS = SENTENCE.split()
 TEXTS = [
     " ".join(WORDS[(7 * index + i * i + i // 5) % len(WORDS)] for i in range(3 + 13 * (index % 6))) + "."
     for index in range(17)
@@ -58,7 +59,8 @@ def made(tmp_path_factory) -> Path:
 
 def documents(made: Path) -> list[list[int]]:
     plain = AutoTokenizer.from_pretrained(made / "model")
-    return [[plain.bos_token_id, *plain(text, add_special_tokens=False).input_ids, plain.eos_token_id] for text in TEXTS]
+    first, last = plain.bos_token_id, plain.eos_token_id
+    return [[first, *plain(text, add_special_tokens=False).input_ids, last] for text in TEXTS]
 
 
 Windows = list[tuple[list[int], list[bool]]]

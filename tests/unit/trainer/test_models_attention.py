@@ -99,6 +99,21 @@ def test_sliding_window():
     assert (wide - logits["varlen"]).abs().max() > 1e-6
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_rows_whose_documents_see_one_another_are_causal_without_lengths(window, monkeypatch):
+    """No lengths are made for them, and no dense mask but for a window narrower than the row."""
+    monkeypatch.setattr(attention, "document_lengths", lambda ids: pytest.fail("lengths of a plain row"))
+    mask, made = attention.sdpa_mask, []
+    monkeypatch.setattr(attention, "sdpa_mask", lambda *args, **more: made.append(1) or mask(*args, **more))
+    overrides = ["model.architecture=mistral", "data.cross_document=true"]
+    overrides.append(f"model.extra={{sliding_window: {window or 'null'}}}")
+    plain = torch.arange(_tokens().shape[1]).expand_as(_tokens())
+    with torch.no_grad():
+        ours, truth = (_logits(_model(name, *overrides), _tokens(), plain) for name in ("varlen", "eager"))
+    assert (ours - truth).abs().max() <= 1e-5
+    assert bool(made) == bool(window)
+
+
 def test_lengths_are_computed_once_and_survive_recomputation_and_compilation(monkeypatch):
     calls = []
     plain = attention.document_lengths
@@ -184,7 +199,7 @@ def test_generation_is_that_of_sdpa():
     [
         (["train.precision=bf16"], "cuda", "varlen"),
         (["train.precision=fp32"], "cuda", "sdpa"),
-        (["train.precision=bf16"], "cpu", "sdpa"),
+        (["train.precision=fp32"], "cpu", "varlen"),
         (["train.precision=bf16", "model.architecture=gpt2"], "cuda", "sdpa"),  # its attention has dropout
         (["train.precision=bf16", "model.extra={head_dim: 20}"], "cuda", "sdpa"),
     ],

@@ -1,4 +1,4 @@
-"""Several commands of the trainer in one process each after the other. argv: JSON, a list of (run folder, arguments)."""
+"""Several commands of the trainer, one after the other, in one process. argv: JSON, [[run folder, arguments], …]."""
 
 from __future__ import annotations
 
