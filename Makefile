@@ -73,5 +73,5 @@ dry-run: setup-trainer ## every recipe on this machine's CPU: a few steps, save,
 	@for recipe in trainer/recipes/*.yaml; do \
 	  $(TRAINER)/python -m trainer run --config $$(basename $$recipe .yaml) --dry_run || exit $$?; done
 
-bench: setup sim ## side by side with the least a shell script can do; prints ratios
+bench: setup setup-trainer sim ## side by side with the least that does the job; prints ratios
 	$(HOST)/python benchmarks/run.py
