@@ -16,7 +16,7 @@ from orchestrator.cli.main import COMMANDS, app, load
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOREIGN = {
-    *("--local_rank", "--dry_run", "--tokenizer", "--quick"),  # the trainer's
+    *("--local_rank", "--dry_run", "--tokenizer", "--only", "--quick"),  # the trainer's
     *("--rank", "--entrypoint", "--init", "--mount", "--privileged", "--cgroupns"),  # the launcher's, the engine's
     *("--max-restarts", "--rdzv-conf", "--local-addr", "--no-deps"),
 }
