@@ -46,8 +46,14 @@ def pull_run(located: Located, to: Path, checkpoint: str | None, *, notify: Call
         notify(node.name, f"{got.files} files" + (f", {', '.join(wanted[node.name])}" if wanted[node.name] else ""))
         return got
 
-    with ThreadPoolExecutor(max(1, len(nodes))) as pool:
-        results = list(pool.map(one, nodes))
+    with ThreadPoolExecutor(max(1, len(nodes))) as pool:  # all of them, also when one fails: map() would cancel
+        futures = {node.name: pool.submit(one, node) for node in nodes}
+    failed = {name: error for name, future in futures.items() if (error := future.exception()) is not None}
+    for name, error in list(failed.items())[1:]:
+        notify(name, str(error))
+    for error in failed.values():
+        raise error
+    results = [future.result() for future in futures.values()]
     return Pulled(sum(each.files for each in results), sum(each.bytes for each in results))
 
 
