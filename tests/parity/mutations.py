@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Placement
 
 from trainer.distributed import gradients
 from trainer.distributed.data_parallel import DataParallelModel
@@ -75,9 +75,11 @@ def _norm_not_reduced() -> AbstractContextManager[Any]:
 def _norms_gradient_partial() -> AbstractContextManager[Any]:
     """Replicated parameters keep the gradient of their own tokens or heads, as if it were complete."""
 
-    def keep(gradient: torch.Tensor) -> torch.Tensor:
+    def keep(placements: Sequence[Placement], gradient: torch.Tensor) -> torch.Tensor:
         assert isinstance(gradient, DTensor)
-        return DTensor.from_local(gradient.to_local(), gradient.device_mesh, [Replicate()], run_check=False)
+        if not placements[0].is_replicate():
+            return gradient.redistribute(placements=placements)
+        return DTensor.from_local(gradient.to_local(), gradient.device_mesh, placements, run_check=False)
 
     return patch("trainer.distributed.tensor_parallel._complete", keep)
 

@@ -120,7 +120,7 @@ def final_eval(events, name):
 @pytest.mark.parametrize("base", ["base", "chatml"])
 def test_a_memorised_answer_comes_out_of_a_plain_pipeline(base, tune, made, events, tmp_path):
     """Template, targets, shift and export fit together: greedy generation answers what was learnt, and then stops."""
-    train = ["train.steps=100", "train.global_batch=10", "train.micro_batch=10", "optim.lr=1e-2", "log.every=10"]
+    train = ["train.steps=160", "train.global_batch=10", "train.micro_batch=10", "optim.lr=1e-2", "log.every=10"]
     tune("run", *train, base=base)
     assert events("run", "step")[-1]["loss"] < 0.02
     final = tmp_path / "run/checkpoints/final"
