@@ -5,6 +5,7 @@ A fork server imports the trainer once; each rank is forked from it and runs a s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -85,7 +86,8 @@ Launch = Callable[..., Ranks]
 def ranks(tmp_path: Path) -> Launch:
     """`ranks(script, world, argv=…, env=…, timeout=…)`: runs `ranks/<script>.py` on `world` processes.
 
-    `env` is a mapping for all ranks or a list with one for each.
+    `env` is a mapping for all ranks or a list with one for each. `TEST_PORTS` are further free ports, for a script
+    that makes one process group after the other.
     """
     count = iter(range(1000))
 
@@ -99,7 +101,7 @@ def ranks(tmp_path: Path) -> Launch:
     ) -> Ranks:
         logs = tmp_path / f"logs-{next(count)}"
         logs.mkdir()
-        port = str(_free_port())
+        ports = _free_ports(10)
         group = []
         for rank in range(world):
             mine = dict(env if isinstance(env, Mapping) else env[rank] if env else {})
@@ -107,7 +109,7 @@ def ranks(tmp_path: Path) -> Launch:
             if world > 1:
                 names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
                 variables |= {name: str(value) for name, value in names.items()}
-                variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ports[0], "TEST_PORTS": " ".join(ports)}
             given = {
                 "ENV": variables | mine,
                 "ARGV": list(argv),
@@ -157,7 +159,10 @@ def events(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     return read
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _free_ports(count: int) -> list[str]:
+    """Different ones: a port is only known to be free while it is held."""
+    with contextlib.ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [str(probe.getsockname()[1]) for probe in probes]

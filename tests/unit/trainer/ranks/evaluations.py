@@ -8,8 +8,11 @@ import sys
 
 from trainer import __main__ as command
 
-for folder, arguments in json.loads(sys.argv[1]):
+ports = os.environ.get("TEST_PORTS", "").split()
+for index, (folder, arguments) in enumerate(json.loads(sys.argv[1])):
     os.environ["ORCH_RUN_DIR"] = folder
+    if ports:  # one for each run: a rank that is ahead would find the store of the run before, about to close
+        os.environ["MASTER_PORT"] = ports[index]
     code = command.main(arguments)
     if code:
         sys.exit(code)
