@@ -215,7 +215,7 @@ def open_model(session: Session, tokenizer: TextTokenizer | None, pretrained: Pa
     )
     whole = build.on_meta(config, hf_config, device)
     if config.model.lora.rank:
-        apply_lora(whole, config.model.lora)
+        apply_lora(whole, config)
     sparse.apply_sparse(whole, config.model.sparse)
     plan = copy.deepcopy(whole)  # on the meta device: names and shapes, no memory
 

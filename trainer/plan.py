@@ -26,7 +26,7 @@ from trainer.errors import EXIT_OK, ConfigError
 from trainer.models import saved
 from trainer.models.flops import flops_per_token, peak_flops
 from trainer.models.loss import CHUNK
-from trainer.models.memory import decoder_layers
+from trainer.models.memory import LOW, decoder_layers
 
 GIB = 2**30
 MEMORY = {"A100": 80, "H100": 80, "H200": 139, "B200": 178, "L40S": 44, "L4": 22}
@@ -37,7 +37,6 @@ FRAGMENTATION = 0.04
 """Of all else: what the allocator reserves and cannot use; also an allowance."""
 VOCABULARY = 50_304
 """Assumed, and said, for a tokenizer that is not on this machine."""
-LOW = ("bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,8 @@ class Sizes:
     layers: int
     trainable: float
     """Share of all parameters; below 1 with LoRA."""
+    low: float
+    """Share of all parameters that are held in the compute precision: LoRA's frozen matrices."""
 
     @property
     def total(self) -> int:
@@ -137,8 +138,9 @@ _known: dict[str, Sizes] = {}
 
 def _sizes(config: Config, settings: Any) -> Sizes:
     """Building a large model takes half a second even without its weights, and `remedy` asks some twenty times."""
-    parts = (settings.to_json_string(use_diff=False), config.model.lora.model_dump_json(), config.model.sparse.mask)
-    key = "\n".join(parts)
+    model = config.model
+    parts = (settings.to_json_string(use_diff=False), model.lora.model_dump_json(), model.sparse.mask)
+    key = "\n".join([*parts, config.train.precision])
     if key not in _known:
         _known[key] = measure(saved.meta_model(config, settings))
     return _known[key]
@@ -158,13 +160,14 @@ def measure(model: nn.Module) -> Sizes:
         head=model.get_output_embeddings().weight.numel(),  # type: ignore[operator,union-attr]
         layers=len(layers),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad) / total,
+        low=sum(p.numel() for p in model.parameters() if p.dtype in LOW.values()) / total,
     )
 
 
 def memory(config: Config, layout: Layout, sizes: Sizes, settings: Any, rank: int) -> dict[str, float]:
     """Bytes by part on a device of pipeline rank `rank`, at the peak: where backward begins.
 
-    parameters  w·E/s
+    parameters  w·E/s; c·E/s of LoRA's frozen matrices
     gradients   w·E/s; shard_grad_op with accumulation also keeps them whole: + 4·E
     optimizer   AdamW's two moments: 2·w·E/s, or 2·2·E/s with optim.state_dtype=bf16
     copies      `_copies`; activations and loss: `_activations`, `_loss`
@@ -178,7 +181,7 @@ def memory(config: Config, layout: Layout, sizes: Sizes, settings: Any, rank: in
     whole = trainable * 4 if config.parallel.strategy == "shard_grad_op" and shard > 1 and accumulated > 1 else 0.0
     copies, buffers = _copies(config, layout, sizes, elements)
     parts = {
-        "parameters": elements * master / shard,
+        "parameters": elements * (master * (1 - sizes.low) + 2 * sizes.low) / shard,
         "gradients": trainable * master / shard + whole,
         "optimizer states": trainable * 2 * moment / shard,
         f"{'gathered ' if shard > 1 else ''}parameters in {train.precision}": copies,
@@ -217,7 +220,8 @@ def _elements(config: Config, layout: Layout, sizes: Sizes, rank: int) -> float:
 def _copies(config: Config, layout: Layout, sizes: Sizes, elements: float) -> tuple[float, float]:
     """(copies of parameters to compute with, buffers of FSDP2's reduction) in bytes.
 
-    DDP, one process  autocast's copies of all matrices but the embedding, c·(E − embedding); none in full precision
+    DDP, one process  autocast's copies of all matrices but the embedding, c·(E − embedding); none in full precision,
+                      nor of what is held in the compute precision
     FSDP2             full_shard, hybrid: embedding, head and last layer stay gathered, one layer computes, one comes:
                       c·(embedding + head + 3 layers); else, and in pipelines, all: c·E
                       reduction: whole gradients, c + 4 bytes each, of a layer and of the next unit, which is a layer
@@ -226,7 +230,7 @@ def _copies(config: Config, layout: Layout, sizes: Sizes, elements: float) -> tu
     low = config.train.precision in LOW
     compute = 2 if low else 8 if config.train.precision == "fp64" else 4
     if not uses_fsdp(config, layout):
-        return (compute * max(elements - sizes.embedding / layout.tensor, 0) if low else 0.0), 0.0
+        return (compute * max(elements * (1 - sizes.low) - sizes.embedding / layout.tensor, 0) if low else 0.0), 0.0
     outside = (sizes.embedding + sizes.rest) / layout.tensor
     layer = sizes.layer / layout.tensor
     again = config.parallel.strategy in ("full_shard", "hybrid") and layout.pipeline == 1

@@ -17,9 +17,7 @@ from trainer.distributed.layout import Layout
 from trainer.distributed.mesh import Mesh
 from trainer.distributed.parallel_model import Batch, ParallelModel
 from trainer.distributed.tensor_parallel import loss_context
-from trainer.models.memory import decoder_layers
-
-_LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from trainer.models.memory import LOW, decoder_layers
 
 
 class DataParallelModel(ParallelModel):
@@ -126,7 +124,7 @@ def shard_data_parallel(module: nn.Module, config: Config, mesh: Mesh) -> None:
         return
     precision = config.train.precision
     policy = MixedPrecisionPolicy(
-        param_dtype=_LOW.get(precision),
+        param_dtype=LOW.get(precision),
         reduce_dtype=torch.float64 if precision == "fp64" else torch.float32,
     )
     gather_again = config.parallel.strategy in ("full_shard", "hybrid") and layout.pipeline == 1
@@ -153,7 +151,7 @@ def shard_data_parallel(module: nn.Module, config: Config, mesh: Mesh) -> None:
 
 def compute_precision(config: Config, mesh: Mesh) -> AbstractContextManager[object]:
     """Autocast for forward passes, where FSDP2's own policy does not cast."""
-    dtype = _LOW.get(config.train.precision)
+    dtype = LOW.get(config.train.precision)
     if dtype is None or uses_fsdp(config, mesh.layout):
         return nullcontext()
     return torch.autocast(mesh.comm.device.type, dtype=dtype)

@@ -95,7 +95,9 @@ def _download(name: str, revision: str | None, cache: Path, patterns: Sequence[s
     except RevisionNotFoundError:
         raise ConfigError(f"{name} on the hub has no revision {revision!r}", hint="Correct the revision.") from None
     except OSError as error:  # huggingface_hub's and requests' network errors are OSErrors
-        why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else " ".join(str(error).split())[:200]
+        # what it raises itself only says that there is no connection, perhaps
+        cause = " ".join(str(error.__cause__ or error).split())[:200]
+        why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else cause
         raise DataError(
             f"{name} is not in the cache {cache} and cannot be downloaded: {why}",
             hint="Download it where there is a network (huggingface-cli download) and give that folder instead.",

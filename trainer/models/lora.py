@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from trainer.config import Config, LoraConfig
 from trainer.errors import CheckpointError, ConfigError
+from trainer.models.memory import LOW
 
 ADAPTER = "default"
 """peft's own name of a model's only adapter; part of the parameters' names."""
@@ -32,15 +33,18 @@ _PREFIX = "base_model.model."
 _SAMPLE = 4096
 
 
-def apply_lora(model: nn.Module, lora: LoraConfig) -> None:
-    """Gives the linear layers named in `lora.targets` adapters, and freezes all else, in place.
+def apply_lora(model: nn.Module, config: Config) -> None:
+    """Gives the linear layers named in `model.lora.targets` adapters, and freezes all else, in place.
 
     `model` is on the meta device; models/weights.py initialises the adapters as peft does (A uniform, B zero).
-    Names become `….q_proj.base_layer.weight`, `….q_proj.lora_A.default.weight`. Raises ConfigError for a target
-    that names no layer, or the output head where its weight is also the embedding.
+    Names become `….q_proj.base_layer.weight`, `….q_proj.lora_A.default.weight`. Frozen matrices of linear layers
+    are held in the precision to compute in: they would be cast to it for every product, so no number changes.
+    Adapters, norms and embeddings stay fp32. Raises ConfigError for a target that names no layer, or the output
+    head where its weight is also the embedding.
     """
     from peft import inject_adapter_in_model
 
+    lora = config.model.lora
     layers = {name: module for name, module in model.named_modules() if _is_linear(module)}
     names = {name.rpartition(".")[2] for name in layers}
     for target in lora.targets:
@@ -58,6 +62,10 @@ def apply_lora(model: nn.Module, lora: LoraConfig) -> None:
             )
     with torch.device("meta"):
         inject_adapter_in_model(_peft_config(lora, type(model).__name__), model, ADAPTER)
+    low = LOW.get(config.train.precision)
+    for module in layers.values() if low else ():
+        if module.weight is not embedding.weight:
+            module.to(low)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -16,6 +16,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from trainer.errors import ConfigError
 
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""`train.precision` below fp32 → what matrix products are computed in; weights that train stay fp32."""
+
 _SAVED = (
     "aten::mm",
     "aten::addmm",

@@ -22,10 +22,9 @@ from trainer.errors import ConfigError
 from trainer.models import sparse
 from trainer.models.build import model_config, on_meta
 from trainer.models.lora import apply_lora
-from trainer.models.memory import base_model, decoder_layers
+from trainer.models.memory import LOW, base_model, decoder_layers
 
 FUSED = "plan"
-LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def settings_of(config: Config, vocabulary: int) -> tuple[PretrainedConfig, tuple[str, ...]]:
@@ -64,7 +63,7 @@ def meta_model(config: Config, settings: PretrainedConfig) -> nn.Module:
     config = config.model_copy(update={"model": config.model.model_copy(update=plain)})
     model = on_meta(config, settings, torch.device("cpu"))
     if config.model.lora.rank:
-        apply_lora(model, config.model.lora)
+        apply_lora(model, config)
     sparse.apply_sparse(model, config.model.sparse).step(config.train.steps)
     return model
 

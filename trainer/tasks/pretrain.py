@@ -25,6 +25,7 @@ from trainer.config import Config
 from trainer.context import Context, Outcome
 from trainer.data.stream import BatchStream
 from trainer.data.tokenizer import TextTokenizer
+from trainer.distributed.data_parallel import compute_precision
 from trainer.loop import Loop
 from trainer.models.lora import adapter_of
 from trainer.optimize import LossScaler, Schedule, build_optimizer
@@ -135,7 +136,8 @@ def print_sample(session: Session, model: Model, tokenizer: TextTokenizer) -> No
     start = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
     ids = torch.tensor([[*start, *tokenizer.encode(sample.prompt)]], device=device)
     model.parallel.train(False)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with forked, compute_precision(config, session.mesh):
         torch.manual_seed(config.seed)
         for _ in range(min(sample.max_new_tokens, max(config.data.seq_len - ids.shape[1], 1))):
             ids = torch.cat([ids, _next_token(module, ids, config)], dim=1)

@@ -246,6 +246,16 @@ def _check_saved(folder: Path, made: Path, told: float, tokens: int) -> None:
     assert [path.name for path in folder.rglob("*.safetensors") if path.name.startswith("model")] == []
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "full_shard"])
+def test_low_precision_from_the_base_to_the_sample(strategy, tune, made, tmp_path):
+    given = [*LORA, "train.precision=bf16", "sample.max_new_tokens=3", f"parallel.strategy={strategy}"]
+    output = tune("low", *given, recipe="llama-8b-lora", world=2)
+    assert "bf16" in output and "sample: " in output
+    saved = load_file(tmp_path / "low/checkpoints/final/adapter_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert all(tensor.any() for name, tensor in saved.items() if "lora_B" in name)
+
+
 @pytest.fixture
 def adapter(tune, made, tmp_path) -> Path:
     """Trained once for all tests."""

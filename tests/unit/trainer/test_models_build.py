@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+from huggingface_hub.utils import reset_sessions
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,7 +31,7 @@ def _model(*overrides: str, adapters: bool = False) -> torch.nn.Module:
     config = configuration.load("demo", ["train.device=cpu", *overrides])
     models = [build.on_meta(config, _settings(*overrides), CPU) for _ in range(2)]
     for model in models if adapters else ():
-        lora.apply_lora(model, config.model.lora)
+        lora.apply_lora(model, config)
     weights.initialise([models[0]], models[1], 0, CPU)
     return models[0]
 
@@ -130,7 +131,7 @@ def _adapted(base) -> torch.nn.Module:
     settings = _settings("data.seq_len=32", *LORA, pretrained=base)
     model, plan = (build.on_meta(config, settings, CPU) for _ in range(2))
     for one in (model, plan):
-        lora.apply_lora(one, config.model.lora)
+        lora.apply_lora(one, config)
     weights.load_pretrained([model], plan, base, 0, CPU)
     return model
 
@@ -177,6 +178,28 @@ def test_adapter_opens_in_peft_and_merges(base, tmp_path):
         merge(base, tmp_path / "adapter", tmp_path / "merged")
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(tokens).logits
     assert torch.allclose(mine, merged, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(("world", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "full_shard")])
+def test_frozen_matrices_in_low_precision_change_no_number(world, strategy, precision, ranks, tmp_path):
+    """Two steps and an evaluation: bit for bit those of a base held in fp32, in half of its memory."""
+    overrides = ["train.device=cpu", "data.seq_len=24", "model.num_hidden_layers=2", "model.lora.rank=4"]
+    overrides += ["model.tie_word_embeddings=false", f"train.precision={precision}", f"parallel.strategy={strategy}"]
+    result = ranks("lora_precision", world, argv=[str(tmp_path / "out"), *overrides])
+    assert result.exit_codes == [0] * world, result.output
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    for rank in range(world):
+        held, wide = torch.load(tmp_path / f"out.{rank}", weights_only=False)
+        kinds = held.pop("held")
+        assert set(wide.pop("held").values()) == {torch.float32}
+        for name, dtype in kinds.items():
+            matrix = name.endswith(".base_layer.weight") or name == "lm_head.weight"
+            assert (name, dtype) == (name, low if matrix else torch.float32)
+        assert sum(dtype == low for dtype in kinds.values()) == 2 * 7 + 1
+        assert held.keys() == wide.keys() and all(torch.equal(held[name], wide[name]) for name in wide)
+        assert held["loss 0"] != held["loss 1"]
+        assert all(held[f"0 {name}"].any() for name in kinds if lora.is_adapter(name))
 
 
 def test_target_that_is_not_there():
@@ -240,10 +263,16 @@ def hub(base, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", here)
     template = here + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    _set_offline(monkeypatch, False)
     yield _Hub
     server.shutdown()
     server.server_close()
+
+
+def _set_offline(monkeypatch, offline: bool) -> None:
+    """A session of the client is on or off for good, and a new thread may have an old one's number, so its session."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    reset_sessions()
 
 
 def _fetch(cache, name="me/tiny", *, leader=True, timeout=5.0, said=None):
@@ -264,15 +293,15 @@ def test_download_once_and_only_safe_files(hub, tmp_path):
 
 def test_partial_download_is_not_taken_for_a_whole_one(hub, tmp_path, monkeypatch):
     hub.broken = True
-    with pytest.raises(DataError, match="cannot be downloaded"):
+    with pytest.raises(DataError, match="cannot be downloaded: 403 Forbidden"):
         _fetch(tmp_path)
     assert list((tmp_path / "hub").rglob("config.json"))  # some of it is there
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="cannot be downloaded"):
+    _set_offline(monkeypatch, True)
+    with pytest.raises(DataError, match=r"cannot be downloaded: .*offline mode is enabled"):
         _fetch(tmp_path)
     with pytest.raises(DeadlineError, match=r"waited 0\.1 s for the node's rank 0 to download me/tiny"):
         _fetch(tmp_path, leader=False, timeout=0.1)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    _set_offline(monkeypatch, False)
     hub.broken = False
     assert (_fetch(tmp_path) / weights.SINGLE).is_file()
 
@@ -303,7 +332,7 @@ def test_local_folder_is_used_as_it_is(base, tmp_path):
 
 def test_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    _set_offline(monkeypatch, True)
     with pytest.raises(DataError, match="cannot be downloaded: HF_HUB_OFFLINE is set") as caught:
         _fetch(tmp_path)
     assert "give that folder instead" in str(caught.value.hint)

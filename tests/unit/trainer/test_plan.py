@@ -207,6 +207,11 @@ def test_adapters_and_masks_and_missing_tokenizers():
     assert lora.parts["gradients"] == pytest.approx(4 * trained)
     dense = plan.make(_config(*SMALL), 1, 1)
     assert lora.flops < dense.flops
+    # in bf16 the frozen matrices take 2 bytes and need no copies to compute with; the head is the embedding
+    low = plan.make(_config(*SMALL, "model.lora.rank=4", "train.precision=bf16"), 1, 1)
+    frozen = 3 * (4 * 64 * 64 + 3 * 64 * 160)
+    assert low.parts["parameters"] == pytest.approx(lora.parts["parameters"] - 2 * frozen)
+    assert low.parts["parameters in bf16"] == pytest.approx(2 * (trained + 7 * 64))  # adapters and norms
     learned = plan.make(_config(*SMALL, "model.sparse.mask=learned"), 1, 1)
     matrices = 3 * (4 * 64 * 64 + 3 * 64 * 160)
     assert learned.sizes.total == dense.sizes.total + matrices

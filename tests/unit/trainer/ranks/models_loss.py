@@ -38,7 +38,7 @@ def gradients(name: str, recipe: list[str]) -> dict[str, torch.Tensor]:
     models = [build.on_meta(config, settings, cpu) for _ in range(2)]
     if config.model.lora.rank:
         for model in models:
-            lora.apply_lora(model, config.model.lora)
+            lora.apply_lora(model, config)
     model, plan = models
     apply_activation_checkpoint(model, config.train.activation_checkpoint)
     if config.train.compile:
