@@ -19,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-COLUMNS = 110
+COLUMNS = 114
 PROMPT = "\x1b[1;32m$\x1b[0m "
 
 

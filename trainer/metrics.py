@@ -200,7 +200,7 @@ class Reporter:
             f"lr {metrics.lr:.2e}",
             f"grad norm {metrics.grad_norm:.3f}",
             f"{metrics.tokens_per_s:,.0f} tokens/s"
-            + (f" ({metrics.tokens_per_s / self._world_size:,.0f} per device)" if self._world_size > 1 else ""),
+            + (f" ({metrics.tokens_per_s / self._world_size:,.0f} each)" if self._world_size > 1 else ""),
         ]
         if mfu is not None:
             parts.append(f"MFU {mfu:.1%}")

@@ -88,7 +88,7 @@ def test_event_of_a_step(tmp_path, capsys):
     assert {name: row[name] for name in expected} == expected and row["memory"] > 1e6
     assert "sparsity" not in row and "loss_scale" not in row
     line = capsys.readouterr().out
-    assert "step   1/150  loss 2.5000  lr 1.00e-03  grad norm 0.700  2,000 tokens/s (500 per device)" in line
+    assert "step   1/150  loss 2.5000  lr 1.00e-03  grad norm 0.700  2,000 tokens/s (500 each)" in line
     assert "data 10%  waiting 20%" in line and "MFU" not in line
 
 
