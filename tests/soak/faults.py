@@ -44,7 +44,8 @@ from trainer.distributed.mesh import Mesh
 from trainer.distributed.process_group import Communicator
 
 TYPES = ("full", "shard", "local")
-FAULTS = ("kill all", "kill one", "truncate", "flip a bit", "disk full")
+DAMAGES = ("truncate", "flip a bit")
+FAULTS = ("kill all", "kill one", *DAMAGES, "disk full")
 WORLD = 2
 PATIENCE = 60.0
 """Seconds within which ranks must come up, save or end; only a hang takes so long."""
@@ -139,7 +140,9 @@ def _rank(
     optimizer.zero_grad()
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     state = TrainingState(Parts(model), optimizer, schedule, None, Stream(), config, None, "")  # type: ignore[arg-type]
-    settings = CheckpointConfig(type=kind, keep_last=3)  # type: ignore[arg-type]
+    # one, so that nothing is left if it goes before the next is whole; where one will be damaged there must be others
+    keep = 3 if plan["fault"] in DAMAGES else 1
+    settings = CheckpointConfig(type=kind, keep_last=keep)  # type: ignore[arg-type]
     checkpointer = Checkpointer(settings, root, mesh, Reporter(pipe), run="soak", timeout=PATIENCE)
     resumed = checkpointer.resume(state, lambda: None)
     if resumed:
@@ -213,7 +216,7 @@ class Soak:
         self.saved += len(saved)
         if fault == "disk full":
             assert any(what == "failed" for what, _ in told), f"{self.kind}: a full disk went unnoticed"
-        if fault in ("truncate", "flip a bit"):
+        if fault in DAMAGES:
             self._damage(self.root / f"step_{saved[-1]:08}", fault)
             saved.pop()
         newest = newest_whole(self.root)
