@@ -73,7 +73,8 @@ def ours(size: dict, steps: int, folder: Path) -> tuple[float, float]:
     keys += ["data.source=synthetic", "data.cross_document=true", f"data.seq_len={size['seq_len']}", "data.holdout=0"]
     keys += [f"train.steps={steps}", f"train.global_batch={size['rows']}", f"train.micro_batch={size['rows']}"]
     keys += ["train.precision=bf16", "train.compile=true", f"train.activation_checkpoint={size['checkpoint']}"]
-    keys += [f"optim.state_dtype={size['states']}", "checkpoint.every=0", "sample.max_new_tokens=0"]
+    keys += [f"optim.state_dtype={size['states']}", "checkpoint.every=0", "checkpoint.at_end=false"]
+    keys += ["eval.every=0", "log.tensorboard=false", "sample.max_new_tokens=0"]
     _run(["-m", "trainer", "run", "--config", "demo", *keys], folder)
     rows = [json.loads(line) for line in (folder / "run/events/rank-0.jsonl").read_text().splitlines()]
     events = [row for row in rows if row["kind"] == "step"]

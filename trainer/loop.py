@@ -52,7 +52,10 @@ class Loop:
             self.reporter.step(state.step, metrics)
             if state.step < total:
                 self._between_steps()
-        self._save_and_wait()
+        if self.config.checkpoint.at_end:
+            self._save_and_wait()
+        else:
+            self.checkpointer.finish()
         return "succeeded"
 
     def _between_steps(self) -> None:

@@ -192,6 +192,7 @@ class CheckpointConfig(Section):
         "auto", description="full: one whole copy; shard: DCP, any world size; local: per rank, same layout only"
     )
     every: int = Field(50, ge=0, description="steps between checkpoints; 0: only at the end and on a stop")
+    at_end: bool = Field(True, description="also after the last step; a stop always writes one")
     keep_last: int = Field(2, ge=1, description="newest checkpoints to keep")
     keep_every: int = Field(0, ge=0, description="and each whose step is a multiple of this; 0: none")
     asynchronous: bool = Field(True, description="write while training goes on")

@@ -169,6 +169,17 @@ def test_failed_writes_keep_the_old_checkpoints(policy, code, train, events, tmp
     manifest.verify(tmp_path / "run/checkpoints/step_00000002")
 
 
+def test_without_a_checkpoint_at_the_end(train, events, tmp_path):
+    result = train("run", "checkpoint.every=4", "checkpoint.at_end=false")
+    assert result.exit_codes == [0], result.output
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob("step_*")] == ["step_00000004"]
+    assert [row["step"] for row in events("run", "step")] == [1, 2, 3, 4, 5, 6]
+    stopped = train("stopped", "checkpoint.every=0", "checkpoint.at_end=false", script="stop_after",
+                    env={"STOP_AFTER": "3"})  # fmt: skip
+    assert stopped.exit_codes == [75], stopped.output
+    assert [path.name for path in (tmp_path / "stopped/checkpoints").glob("step_*")] == ["step_00000003"]
+
+
 def test_non_finite_gradients_are_skipped_then_fatal(train, events):
     env = {"NAN_AFTER": "1", "NAN_CALLS": "4"}
     result = train("run", "train.steps=9", "train.max_bad_steps=2", script="nan_after", env=env)
