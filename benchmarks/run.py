@@ -2,8 +2,8 @@
 
     python benchmarks/run.py [--only NAME]… [--markdown | --json] [--sim NAME] [--quick]
 
-About eleven minutes on two idle cores; `--only host` and `--only trainer`, which needs no cluster, take about half of
-it each. Ends with 1 if a figure misses its target. `--markdown` prints the table of docs/benchmarks.md, with the
+About twenty-five minutes on two cores; `--only trainer`, which needs no cluster, takes half of
+it. Ends with 1 if a figure misses its target. `--markdown` prints the table of docs/benchmarks.md, with the
 machine and the day.
 """
 
